@@ -23,7 +23,9 @@ from .vmtests import Result
 
 PRESETS = ("host", "asan", "tsan")
 UNIT_PRESETS = ("host", "asan")  # presets with the program of the unit tests
+OTHER_TESTS = "firstlight_other_tests"  # the target of a preset's other tests
 UNIT_LABEL = "unit"  # its tests in ctest
+NOT_BUILT = "_NOT_BUILT$"  # what gtest_discover_tests() names a program that was not built
 UNIT_SECONDS = 600
 CTEST_SECONDS = 600
 FUZZ = "fuzz"
@@ -40,8 +42,8 @@ BAR = "=" * 20
 def arguments() -> Parser:
     parser = Parser(
         prog="scripts/test",
-        description="Build everything and run every test: the scripts' own, checks of the sources (format, commit subjects, links and commands in the documents), clang-tidy, the modules' on this machine (plain, with "
-        "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, fio's tools on what scripts/bench writes, the counted costs of an I/O, a kernel without any hypervisor's module, and the "
+        description="Build everything and run every test: the scripts' own, checks of the sources (format, commit subjects, links and commands in the documents), clang-tidy, the modules' on this machine (with "
+        "sanitizers, with a checker of memory orderings; plain with --fast or --only host), a fixed number of fuzzed inputs, the image, gdb on a machine, fio's tools on what scripts/bench writes, the counted costs of an I/O, a kernel without any hypervisor's module, and the "
         "boots of test/vm/*.toml.",
         epilog="A test that is required and skipped is a failure.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
@@ -137,7 +139,9 @@ def run_suites(options, cases: list[vmtests.Case], presets: Sequence[str], boots
         add(surviving(GDB, debugger.checks()))
     for preset in presets:
         if wanted(preset, options.only, whole=True):
-            add(surviving(preset, host_tests(preset, options.only)))
+            # With sanitizers they are the same tests and see more.
+            units = preset in UNIT_PRESETS and (preset != "host" or options.fast or bool(options.only))
+            add(surviving(preset, host_tests(preset, options.only, units)))
     if not options.fast and wanted(tidy.SUITE, options.only, whole=True):
         if attempt("build/tidy", build.host_modules, add):
             add(surviving(tidy.SUITE, tidy.checks(lambda name: tidy.SUITE in options.only or wanted(name, options.only))))
@@ -309,12 +313,12 @@ def minimal() -> Iterable[Result]:
     yield result
 
 
-def host_tests(preset: str, only: list[str]) -> Iterable[Result]:
-    """One preset: configure, build, ctest, and the unit tests, many per process, which ctest would start one by one; each test is one result."""
+def host_tests(preset: str, only: list[str], units: bool) -> Iterable[Result]:
+    """One preset: configure, build, ctest, and with `units` the unit tests, many per process, which ctest would start one by one; each test is one result."""
     begin = time.monotonic()
     say(f"build: {preset}")
     try:
-        build.preset(preset)
+        build.preset(preset, target="" if units or preset not in UNIT_PRESETS else OTHER_TESTS)
     except Problem as problem:
         yield Result(f"build/{preset}", "failed", time.monotonic() - begin, str(problem))
         return
@@ -322,7 +326,7 @@ def host_tests(preset: str, only: list[str]) -> Iterable[Result]:
     within = [pattern.partition("/")[2] for pattern in only if pattern.startswith(f"{preset}/")]
     expression = "|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in within)
     count = 0
-    for result in itertools.chain(by_ctest(preset, expression), unit_tests(preset, expression) if preset in UNIT_PRESETS else ()):
+    for result in itertools.chain(by_ctest(preset, expression), unit_tests(preset, expression) if units else ()):
         count += 1
         yield result
     if not count:
@@ -341,7 +345,7 @@ def by_ctest(preset: str, expression: str) -> Iterable[Result]:
     """Tests that are not unit tests: models, and code that must not compile."""
     report_file = paths.BUILD / preset / "junit.xml"
     report_file.unlink(missing_ok=True)
-    command = ["ctest", "--preset", preset, "--output-junit", str(report_file), "-LE", f"^{UNIT_LABEL}$", "--no-tests=ignore"]
+    command = ["ctest", "--preset", preset, "--output-junit", str(report_file), "-LE", f"^{UNIT_LABEL}$", "-E", NOT_BUILT, "--no-tests=ignore"]
     if expression:
         command += ["-R", expression]
     done = process.run(command, timeout=CTEST_SECONDS, cwd=paths.REPOSITORY, check=False, what=f"ctest --preset {preset}")

@@ -612,6 +612,20 @@ class Choosing(unittest.TestCase):
         for pattern in ("host", "host/fuzz", "vm*"):
             self.assertFalse(testing.wanted("fuzz", [pattern], whole=True), pattern)
 
+    def test_a_whole_run_has_the_unit_tests_once(self):
+        for words, expected in (
+            ([], [("host", False), ("asan", True), ("tsan", False)]), (["--fast"], [("host", True)]), (["--only", "host"], [("host", True)]), (["--only", "host/Ring*,asan"], [("host", True), ("asan", True)]),
+        ):  # fmt: skip
+            options = testing.arguments().parse_args(words)
+            presets = ("host",) if options.fast else testing.PRESETS
+            suites = {name: mock.DEFAULT for name in ("fuzz_tests", "minimal", "attempt", "host_tests")}
+            with (
+                mock.patch.multiple(testing, **suites) as fakes, mock.patch.object(testing.scripttests, "run"), mock.patch.object(testing.checks, "checks"), mock.patch.object(testing.image, "checks"),
+                mock.patch.object(testing.debugger, "checks"), mock.patch.object(testing.tidy, "checks"),
+            ):  # fmt: skip
+                testing.run_suites(options, [], presets, mock.Mock(), lambda found: None)
+            self.assertEqual([(call.args[0], call.args[2]) for call in fakes["host_tests"].call_args_list], expected, words)
+
     def test_a_minimal_kernel_is_searched_for_every_hypervisor(self):
         for name in (
             "fl::hv::xen::Store@hv.xen.store::read()", "fl::hv::Xen@hv.xen::start(fl::hv::Services&)", "fl::hv::Kvm@hv.kvm::install()",
