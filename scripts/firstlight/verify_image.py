@@ -9,7 +9,7 @@ MAGIC = b"FLVERIFY"
 HEADER = struct.Struct("<8sQQQII")  # magic, LBA, generation, seed, CRC-32C, block size
 SIZES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 # With erase= on the command line: what becomes of a block, by its number modulo 4, and the record's field that counts it.
-ERASED = {1: ("discard", "discarded"), 2: ("zeroes", "zeroed")}
+ERASED = {1: ("discard", "discarded"), 2: ("zeroes", "zeroed"), 3: ("secure-discard", "secure_discarded")}
 DEFAULTS = {"bs": 4096, "seed": 1, "generation": 1}
 
 
@@ -36,7 +36,8 @@ def compare(record: dict, words: dict[str, str], image_size: int) -> list[str]:
     for remainder, (name, key) in ERASED.items():
         first = record.get("first_lba", 0) // (asked["bs"] // 512)
         numbers = range(first, first + expected["blocks"])
-        expected[key] = sum(number % 4 == remainder for number in numbers) if name in erased else 0
+        if name in erased or name != "secure-discard":  # that field is there if it was asked for
+            expected[key] = sum(number % 4 == remainder for number in numbers) if name in erased else 0
     complaints = [f"{key} {record.get(key)!r}, expected {wanted!r}" for key, wanted in expected.items() if record.get(key) != wanted]
     if not count and record.get("blocks", 0) * record.get("bs", 0) != image_size:
         complaints.append(f"{record.get('blocks')} blocks of {record.get('bs')} bytes do not cover the {image_size} bytes of the image")
@@ -56,7 +57,7 @@ def check(image: Path, record: dict) -> list[str]:
             block = file.read(block_size)
             _, erased = ERASED.get(expected // (block_size // 512) % 4, ("", ""))
             if erased and record.get(erased):
-                fault = "" if erased == "discarded" or not any(block) else "not zeros, and the record says it is zeroed"
+                fault = "" if erased != "zeroed" or not any(block) else "not zeros, and the record says it is zeroed"
             else:
                 fault = check_block(block, block_size, expected, record["generation"], record["seed"], crc)
             if fault:

@@ -297,6 +297,10 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
             if (plan.erase.any()) {
                 log::info("{}: {} {} discarded, {} zeroed", disk_name, result->discarded,
                           plural(result->discarded, "blocks"), result->zeroed);
+                if (plan.erase.secure_discard) {
+                    log::info("{}: {} {} securely discarded", disk_name, result->secured,
+                              plural(result->secured, "blocks"));
+                }
             }
         } else {
             outcome.verdict = Verdict::failure;

@@ -18,13 +18,13 @@ namespace fl::boot {
 
 namespace {
 
-using Message = FixedText<320>;
+using Message = FixedText<384>;
 
 constexpr std::array<std::string_view, 4> level_names{"error", "warning", "info", "debug"};
 static_assert(level_names[to_underlying(log::Level::debug)] == log::name(log::Level::debug));
 
 // The operations listed for the erase key.
-constexpr std::array<std::string_view, 2> erase_names{"discard", "zeroes"};
+constexpr std::array<std::string_view, 3> erase_names{"discard", "zeroes", "secure-discard"};
 
 struct FeatureName {
     std::string_view name;
@@ -49,6 +49,7 @@ constexpr auto features = std::to_array<FeatureName>({
     {"-scatter-gather", drivers::Feature::scatter},
     {"-checksum", drivers::Feature::checksum},
     {"-fifo-events", drivers::Feature::fifo_events},
+    {"-secure-discard", drivers::Feature::secure_discard},
 });
 constexpr auto feature_names = [] {
     std::array<std::string_view, features.size()> names{};
@@ -280,7 +281,7 @@ constexpr std::array<Key, 27> keys{{
              if (!index) {
                  return Wrong{{}, erase_names, *part};
              }
-             (*index == 0 ? o.erase.discard : o.erase.zeroes) = true;
+             (*index == 0 ? o.erase.discard : *index == 1 ? o.erase.zeroes : o.erase.secure_discard) = true;
          }
          return {};
      }},

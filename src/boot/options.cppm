@@ -133,11 +133,11 @@ struct Options {
 struct OptionErrors {
     static constexpr usize capacity = 12;
 
-    std::array<FixedText<320>, capacity> list{};
+    std::array<FixedText<384>, capacity> list{};
     u32 count = 0;
     u32 dropped = 0; // number that did not fit
 
-    constexpr std::span<const FixedText<320>> all() const { return {list.data(), count}; }
+    constexpr std::span<const FixedText<384>> all() const { return {list.data(), count}; }
     constexpr bool empty() const { return count == 0; }
 };
 

@@ -37,6 +37,7 @@ enum class Feature : u32 {
     scatter = 1 << 16,     // frames in several pieces
     checksum = 1 << 17,    // partial checksums of frames
     fifo_events = 1 << 18, // of Xen: used by the backend
+    secure_discard = 1 << 19,
 };
 
 /// Why a device offered to a driver, or a unit found by it, is not in use.

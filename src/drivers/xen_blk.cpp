@@ -105,12 +105,12 @@ io::Task<Result<void>> Vbd::shake_hands() {
 
 FixedText<96> Vbd::features() const {
     FixedText<96> text;
-    print(text, "{}{}{}{}ring-pages={}",
+    print(text, "{}{}{}{}{}ring-pages={}",
           !terms_.flush                       ? ""
           : *terms_.flush == Operation::flush ? "flush "
                                               : "barrier ",
-          terms_.discard ? "discard " : "", terms_.persistent ? "persistent " : "",
-          terms_.indirect_segments != 0 ? "indirect " : "", terms_.ring_pages);
+          terms_.discard ? "discard " : "", terms_.secure_discard ? "secure-discard " : "",
+          terms_.persistent ? "persistent " : "", terms_.indirect_segments != 0 ? "indirect " : "", terms_.ring_pages);
     if (queues_ > 1) {
         print(text, " queues={}", queues_);
     }
@@ -327,13 +327,16 @@ io::Task<Result<void>> Vbd::read_features() {
     CO_TRY(const bool flush, co_await offers("feature-flush-cache"));
     CO_TRY(const bool barrier, co_await offers("feature-barrier"));
     CO_TRY(const bool persistent, co_await offers("feature-persistent"));
-    CO_TRY(terms_.discard, co_await offers("feature-discard"));
+    CO_TRY(const bool discard, co_await offers("feature-discard"));
+    CO_TRY(const bool secure, co_await offers("discard-secure")); // a property of the discards that it offers
     CO_TRY(const u64 indirect, co_await xen_.store().number_or(front_.backend(), "feature-max-indirect-segments", 0));
     if (flush && environment_.allows(Feature::flush)) {
         terms_.flush = Operation::flush;
     } else if (barrier && environment_.allows(Feature::barrier)) {
         terms_.flush = Operation::write_barrier;
     }
+    terms_.discard = discard && environment_.allows(Feature::discard);
+    terms_.secure_discard = discard && secure && environment_.allows(Feature::secure_discard);
     terms_.persistent = persistent && offers_persistent_;
     terms_.indirect_segments = environment_.allows(Feature::indirect) && indirect > segments_in_slot
                                    ? static_cast<u32>(std::min<u64>(indirect, Lane::max_segments))

@@ -68,7 +68,7 @@ namespace {
 // A geometry without its size, in one word: sector sizes are at most 65536.
 u64 packed(const Geometry& g) {
     return u64{g.sector_size} << 32 | u64{g.physical_sector_size} << 8 | u64{g.read_only} | u64{g.flush} << 1 |
-           u64{g.discard} << 2 | u64{g.write_zeroes} << 3;
+           u64{g.discard} << 2 | u64{g.write_zeroes} << 3 | u64{g.secure_discard} << 4;
 }
 Geometry unpacked(u64 word) {
     return {.sectors = 0,
@@ -77,7 +77,8 @@ Geometry unpacked(u64 word) {
             .read_only = (word & 1) != 0,
             .flush = (word & 2) != 0,
             .discard = (word & 4) != 0,
-            .write_zeroes = (word & 8) != 0};
+            .write_zeroes = (word & 8) != 0,
+            .secure_discard = (word & 16) != 0};
 }
 } // namespace
 
@@ -105,7 +106,8 @@ std::optional<Status> BlockDevice::refusal_of_change(const Request& request) con
         return Status::read_only;
     }
     if ((request.op == Op::discard && !geometry_.discard) ||
-        (request.op == Op::write_zeroes && !geometry_.write_zeroes)) {
+        (request.op == Op::write_zeroes && !geometry_.write_zeroes) ||
+        (request.op == Op::secure_discard && !geometry_.secure_discard)) {
         return Status::not_supported;
     }
     return std::nullopt;

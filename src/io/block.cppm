@@ -12,10 +12,11 @@ import io.executor;
 export namespace fl::io {
 
 /// discard: the contents are no longer needed, and undefined afterwards. write_zeroes: they read as zeros afterwards.
-/// Neither transfers data.
-enum class Op : u8 { read, write, flush, discard, write_zeroes };
+/// secure_discard: as discard, and no copy of them is left on the medium. None of these transfers data.
+enum class Op : u8 { read, write, flush, discard, write_zeroes, secure_discard };
 constexpr std::string_view name(Op op) {
-    constexpr std::array<std::string_view, 5> names{"read", "write", "flush", "discard", "write zeroes"};
+    constexpr std::array<std::string_view, 6> names{"read",    "write",        "flush",
+                                                    "discard", "write zeroes", "secure discard"};
     return names[to_underlying(op)];
 }
 /// Whether data is transferred between the request's buffer and the disk.
@@ -34,7 +35,7 @@ enum class Status : u8 {
     protocol_error, // the answer violated the protocol
     misaligned,     // buffer or length is not a multiple of the sector size
     out_of_range,   // beyond the last sector
-    read_only,      // write, discard or write zeroes on a write-protected disk
+    read_only,      // an operation that changes the medium, on a write-protected disk
     not_written = 0xff,
 };
 Error to_error(Status status);
@@ -49,6 +50,7 @@ struct Geometry {
     bool flush = false; // has a volatile write cache, which flush() empties
     bool discard = false;
     bool write_zeroes = false;
+    bool secure_discard = false;
 };
 
 /// synthetic: paravirtual, designed for virtual machines; emulated: a hardware device modelled by the host.
@@ -96,9 +98,8 @@ class Request : public ReadyNode {
     }
 
     // The operation: constant after submit().
-    DmaSpan
-        buffer; // whole sectors; empty for flush; for discard and write zeroes without address, its size is the range's
-    u64 lba;    // in sectors of the device
+    DmaSpan buffer; // whole sectors; empty for flush; for discards and zeroing without address, its size is the range's
+    u64 lba;        // in sectors of the device
     /// The caller's own limit, in nanoseconds of machine time from submission, the wait for room included; 0: none. The
     /// request then ends with timed_out within a tick [Executor::tick_length], and the device's time-out still holds.
     /// buffer_lost is set if the device may still access the buffer. On a lane without a queue it begins when the
@@ -202,7 +203,7 @@ class BlockDevice {
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }
 
-    /// The awaiter returned by read(), write(), flush(), discard() and write_zeroes().
+    /// The awaiter returned by read(), write(), flush(), discard(), write_zeroes() and secure_discard().
     class [[nodiscard]] Transfer : public Request {
       public:
         using Request::Request;
@@ -227,13 +228,16 @@ class BlockDevice {
     /// Ends with ok once all data acknowledged before its submission is on stable storage. A disk without a volatile
     /// cache ends it with ok at once.
     Transfer flush(Nanoseconds bound = 0) { return {*this, Op::flush, 0, {}, bound}; }
-    /// `bytes`: whole sectors. Geometry::discard and Geometry::write_zeroes tell which disks can; the others end the
-    /// request as not_supported.
+    /// `bytes`: whole sectors. Geometry::discard, write_zeroes and secure_discard tell which disks can; the others end
+    /// the request as not_supported.
     Transfer discard(u64 lba, u32 bytes, Nanoseconds bound = 0) {
         return {*this, Op::discard, lba, range(bytes), bound};
     }
     Transfer write_zeroes(u64 lba, u32 bytes, Nanoseconds bound = 0) {
         return {*this, Op::write_zeroes, lba, range(bytes), bound};
+    }
+    Transfer secure_discard(u64 lba, u32 bytes, Nanoseconds bound = 0) {
+        return {*this, Op::secure_discard, lba, range(bytes), bound};
     }
 
     /// Checks the request and hands it to the driver. Always ends through complete(), even when refused; never

@@ -174,7 +174,9 @@ Task<Result<void>> erase_slot(Run& run) {
         if (transfer.status != Status::ok) {
             run.failed(transfer.status);
         } else {
-            ++(op == Op::discard ? run.report.discarded : run.report.zeroed);
+            ++(op == Op::discard        ? run.report.discarded
+               : op == Op::write_zeroes ? run.report.zeroed
+                                        : run.report.secured);
         }
     }
     co_return Result<void>{};
@@ -249,6 +251,9 @@ Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
     if (plan.write && plan.erase.zeroes && !g.write_zeroes) {
         return Error{Code::not_supported, "verify: erase=zeroes, and the disk does not offer write zeroes"};
     }
+    if (plan.write && plan.erase.secure_discard && !g.secure_discard) {
+        return Error{Code::not_supported, "verify: erase=secure-discard, and the disk does not offer secure discard"};
+    }
     return plan.count != 0 ? plan.count : on_disk - skipped;
 }
 
@@ -290,6 +295,7 @@ void add(VerifyReport& whole, const VerifyReport& part) {
     whole.written += part.written;
     whole.discarded += part.discarded;
     whole.zeroed += part.zeroed;
+    whole.secured += part.secured;
     whole.to_erase += part.to_erase;
     whole.read += part.read;
     if (!whole.first_error) {
@@ -357,6 +363,9 @@ void print_record(const BlockDevice& disk, const VerifyReport& report) {
         .number("zeroed", report.zeroed)
         .number("read", report.read);
     record.number("bad", report.bad).flag("ok", report.ok()).number("lanes", report.lanes);
+    if (report.plan.erase.secure_discard) {
+        record.number("secure_discarded", report.secured);
+    }
 }
 
 } // namespace fl::io

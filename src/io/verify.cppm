@@ -44,15 +44,17 @@ BlockCheck check_zeros(std::span<const std::byte> block);
 struct Erase {
     bool discard = false;
     bool zeroes = false;
-    constexpr bool any() const { return discard || zeroes; }
+    bool secure_discard = false;
+    constexpr bool any() const { return discard || zeroes || secure_discard; }
 };
 
 /// What becomes of a block after it was written. `number`: of the block on the disk, its first byte divided by the
-/// block's size. One of four blocks is discarded and one zeroed, so that each has neighbours that must not change.
+/// block's size. Of four blocks one is discarded, one zeroed and one securely discarded, as far as they are asked for.
 constexpr Op operation_on(u64 number, Erase erase) {
-    return erase.discard && number % 4 == 1  ? Op::discard
-           : erase.zeroes && number % 4 == 2 ? Op::write_zeroes
-                                             : Op::write;
+    return erase.discard && number % 4 == 1          ? Op::discard
+           : erase.zeroes && number % 4 == 2         ? Op::write_zeroes
+           : erase.secure_discard && number % 4 == 3 ? Op::secure_discard
+                                                     : Op::write;
 }
 
 struct VerifyPlan {
@@ -79,7 +81,8 @@ struct VerifyReport {
     u64 written = 0;   // blocks written successfully
     u64 discarded = 0; // blocks discarded successfully
     u64 zeroed = 0;    // blocks zeroed successfully
-    u64 to_erase = 0;  // blocks that should have been discarded or zeroed
+    u64 secured = 0;   // blocks securely discarded successfully
+    u64 to_erase = 0;  // blocks that should have been discarded, zeroed or securely discarded
     u64 read = 0;      // blocks read successfully
     u64 bad = 0;       // blocks read with wrong contents
     std::array<BadBlock, 8> first_bad{};
@@ -87,7 +90,7 @@ struct VerifyReport {
 
     constexpr bool ok() const {
         return bad == 0 && !first_error && read == blocks && (!plan.write || written == blocks) &&
-               discarded + zeroed == to_erase;
+               discarded + zeroed + secured == to_erase;
     }
     std::span<const BadBlock> bad_blocks() const { return {first_bad.data(), std::min<usize>(bad, first_bad.size())}; }
 };

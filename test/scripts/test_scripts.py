@@ -913,6 +913,13 @@ class Images(unittest.TestCase):
         for change in ({"discarded": 1}, {"zeroed": 0}, {"zeroed": 2}):
             self.assertNotEqual(self.complaints({**record, **change}, cmdline=words, image=image), "", change)
         self.assertIn("magic", self.complaints({**record, "discarded": 0, "zeroed": 0}, cmdline="disk=hda", image=image))
+        secure = {**record, "discarded": 0, "zeroed": 0, "secure_discarded": 1}
+        words = "job=verify disk=hda erase=secure-discard"
+        for changed, said in ((3, ""), (1, "magic"), (2, "magic")):
+            image = b"".join(other if number == changed else stamp for number, stamp in enumerate(stamps))
+            complaint = self.complaints(secure, cmdline=words, image=image)
+            (self.assertIn if said else self.assertEqual)(said, complaint)
+        self.assertIn("secure_discarded", self.complaints({**secure, "secure_discarded": 0}, cmdline=words, image=image))
 
     def test_not_true(self):
         for change in (

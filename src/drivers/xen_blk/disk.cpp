@@ -20,6 +20,7 @@ void Disk::set_terms(const Terms& terms) {
     io::Geometry geometry = terms.geometry;
     geometry.flush = terms.flush.has_value();
     geometry.discard = terms.discard && !geometry.read_only;
+    geometry.secure_discard = terms.secure_discard && !geometry.read_only;
     set_geometry(geometry);
     if (std::exchange(known_, true)) {
         renew(geometry);
@@ -128,7 +129,7 @@ io::Fence Transport::fence(Command& command) {
         return io::Fence::effect;
     }
     const bool safe = pages_.end_access(command.wire.pages);
-    return !safe ? io::Fence::reachable : command.op == io::Op::discard ? io::Fence::effect : io::Fence::done;
+    return !safe ? io::Fence::reachable : command.op >= io::Op::discard ? io::Fence::effect : io::Fence::done;
 }
 
 // ---- without a command ----

@@ -45,7 +45,7 @@ struct DirectRequest {
 static_assert(sizeof(DirectRequest) == 112 && offsetof(DirectRequest, segments) == 24);
 
 struct DiscardRequest {
-    RequestHeader header; // segment_count: flags, 1 for a secure discard
+    RequestHeader header; // segment_count: discard_secure, or 0
     u64 sector_count;
 };
 static_assert(sizeof(DiscardRequest) == 32 && offsetof(DiscardRequest, sector_count) == 24);
@@ -76,6 +76,9 @@ struct Response {
     u32 padding1;
 };
 static_assert(sizeof(Response) == 16 && offsetof(Response, operation) == 8 && offsetof(Response, status) == 10);
+
+/// Flag of a discard: no copy of the data may be left. A back end without "discard-secure" may ignore it (Linux does).
+inline constexpr u8 discard_secure = 1;
 
 inline constexpr i16 status_ok = 0;
 inline constexpr i16 status_error = -1;

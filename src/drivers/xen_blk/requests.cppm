@@ -19,6 +19,7 @@ struct Terms : PageTerms {
     u16 handle = 0;
     std::optional<Operation> flush; // flush, or write_barrier if only that is offered
     bool discard = false;
+    bool secure_discard = false;
     u32 ring_pages = 1;
     io::Geometry geometry;
 };
@@ -54,7 +55,7 @@ class Requests {
     /// ended. `others`: see Pages::take(). encode() follows at once.
     [[gnu::always_inline]] inline io::Fit fit(io::QueuedCommand& command, Wire& wire, bool others) {
         if (command.op > io::Op::write) [[unlikely]] {
-            wire.operation = command.op == io::Op::discard ? Operation::discard : flush_;
+            wire.operation = command.op == io::Op::flush ? flush_ : Operation::discard;
             return io::Fit::ok;
         }
         const DmaSpan data = command.data();
@@ -97,7 +98,8 @@ class Requests {
     std::span<const std::byte> encode_other(Slot& slot, const io::QueuedCommand& command, Operation operation, u64 id,
                                             u64 sector) const {
         if (operation == Operation::discard) {
-            slot.discard = {{operation, 0, handle_, 0, id, sector}, command.bytes >> unit_shift_};
+            const u8 flags = command.op == io::Op::secure_discard ? discard_secure : 0;
+            slot.discard = {{operation, flags, handle_, 0, id, sector}, command.bytes >> unit_shift_};
             return used(slot, sizeof slot.discard);
         }
         slot.header = {operation, 0, handle_, 0, id, 0};

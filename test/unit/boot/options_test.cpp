@@ -92,8 +92,11 @@ TEST(Options, Verify) {
     EXPECT_TRUE(parse("job=verify erase=discard").options.erase.discard);
     EXPECT_FALSE(parse("job=verify erase=discard").options.erase.zeroes);
     EXPECT_TRUE(parse("job=verify erase=discard,zeroes").options.erase.zeroes);
+    EXPECT_FALSE(parse("job=verify erase=discard,zeroes").options.erase.secure_discard);
+    const auto secure = parse("job=verify erase=secure-discard").options.erase;
+    EXPECT_TRUE(secure.secure_discard && !secure.discard && !secure.zeroes);
     EXPECT_EQ(parse("job=verify erase=zeros").errors,
-              "erase=zeros: expected one of discard, zeroes, seen 'zeros': did you mean 'zeroes'?\n");
+              "erase=zeros: expected one of discard, zeroes, secure-discard, seen 'zeros': did you mean 'zeroes'?\n");
     EXPECT_TRUE(p.options.scratch.all);
     EXPECT_EQ(parse("job=panic fault=pf").options.fault, boot::Fault::pf);
 }
@@ -241,8 +244,8 @@ TEST(Options, WrongValues) {
     EXPECT_EQ(parse("features=-indirect,-persistant").errors,
               "features=-indirect,-persistant: expected one of -persistent, -indirect, -ring-pages, -flush, -barrier, "
               "-event-idx, -packed, -in-order, -discard, -msi, -multi-queue, -shadow-doorbells, -ncq, "
-              "-write-zeroes, -config-wce, -scatter-gather, -checksum, -fifo-events, seen '-persistant': did you "
-              "mean '-persistent'?\n");
+              "-write-zeroes, -config-wce, -scatter-gather, -checksum, -fifo-events, -secure-discard, seen "
+              "'-persistant': did you mean '-persistent'?\n");
     EXPECT_EQ(parse("disk=").errors, "disk=: expected all or names of disks with commas between them, seen ''\n");
     EXPECT_EQ(parse("disk=hda,,hdb").errors, "disk=hda,,hdb: expected names of disks with commas between them, or one "
                                              "word for all or none of them, seen 'hda,,hdb'\n");

@@ -106,7 +106,7 @@ TEST_F(Report, WordsForLinux) {
 
 TEST_F(Report, ErrorsOfTheCommandLine) {
     boot::OptionErrors errors;
-    errors.list[errors.count++] = FixedText<320>("expected this, seen that");
+    errors.list[errors.count++] = FixedText<384>("expected this, seen that");
     errors.dropped = 1;
     boot::print_option_errors(errors);
     EXPECT_TRUE(has("error: expected this, seen that\n")) << text;

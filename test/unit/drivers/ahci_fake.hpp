@@ -624,7 +624,8 @@ inline void Port::end(Hba& hba, Command c, How how, bool notify) {
     std::vector<std::byte> data(u64{c.count} * (drive ? drive->sector_size : 512));
     u32 cause = is_dhrs;
     switch (c.op()) {
-    case io::Op::write_zeroes: ADD_FAILURE() << "ATA has no such command"; break;
+    case io::Op::write_zeroes:
+    case io::Op::secure_discard: ADD_FAILURE() << "ATA has no such command"; break;
     case io::Op::flush:
         cache_off = cache_off || c.code == 0xef;
         if (c.code == 0xef) {

@@ -59,7 +59,7 @@ class XenBlkRig final : public Rig {
         terms.flush = xen_blk::Operation::flush;
         terms.persistent = kind.persistent;
         terms.indirect_segments = kind.indirect ? 32 : 0;
-        terms.discard = true;
+        terms.discard = terms.secure_discard = true;
         terms.geometry = {.sectors = sectors, .flush = true};
         EXPECT_TRUE(lane_.prepare(0, kind.persistent, terms.domain, m_.xen.memory));
         EXPECT_EQ(lane_.has_pool(), kind.persistent);
@@ -81,6 +81,7 @@ class XenBlkRig final : public Rig {
         return {.capacity = 32,
                 .part_bytes = (kind.indirect ? 32u : 11u) * 4096,
                 .discards = true,
+                .secure_discards = true,
                 .stoppable = false,
                 .ids = true,
                 .faults = {Fault::next},
@@ -103,8 +104,10 @@ class XenBlkRig final : public Rig {
         for (const auto& h : back_.held()) {
             const io::Op op = h.op == 0   ? io::Op::read
                               : h.op == 1 ? io::Op::write
-                              : h.op == 5 ? io::Op::discard
-                                          : io::Op::flush;
+                              : h.op != 5 ? io::Op::flush
+                              : fake::Xen::field<u8>(reinterpret_cast<u64>(h.slot.data()), 1) == 0
+                                  ? io::Op::discard
+                                  : io::Op::secure_discard;
             held.push_back({op, h.sector, h.sectors * 512});
         }
         return held;

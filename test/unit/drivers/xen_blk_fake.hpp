@@ -460,8 +460,11 @@ class Blkback {
             status = (op == 3 ? offer.flush : offer.barrier) && !refuse_flush ? i16{0} : i16{-2};
         } else if (op == 5) {
             const u64 n = Xen::field<u64>(at, 24);
-            EXPECT_EQ(Xen::field<u8>(at, 1), 0);
-            if (offer.discard && sector + n <= offer.sectors) {
+            const u8 flags = Xen::field<u8>(at, 1); // 1: securely
+            EXPECT_LE(flags, 1);
+            secure_served += flags;
+            if (offer.discard &&
+                sector + n <= offer.sectors) { // like Linux, which ignores a flag that it did not offer
                 std::memset(disk.data() + sector * 512, 0, n * 512);
             } else {
                 status = -1;
@@ -556,7 +559,7 @@ class Blkback {
     std::vector<std::pair<u32, bool>> grants_used; // mapped for the current request
     std::set<u32> all_refs;
     std::map<u8, u64> served;
-    u64 indirect_served = 0, segment_count = 0, notified = 0, notifications = 0, bad_grants = 0;
+    u64 indirect_served = 0, secure_served = 0, segment_count = 0, notified = 0, notifications = 0, bad_grants = 0;
     std::optional<u64> fail_sector, last_id;
     Violation violation = Violation::none;
     int after_good = 0;
@@ -674,6 +677,9 @@ inline io::Task<Result<void>> write(io::BlockDevice& d, u64 lba, DmaSpan b) { co
 inline io::Task<Result<void>> flush(io::BlockDevice& d) { co_return co_await d.flush(); }
 inline io::Task<Result<void>> discard(io::BlockDevice& d, u64 lba, DmaSpan b) {
     co_return co_await io::BlockDevice::Transfer(d, io::Op::discard, lba, b);
+}
+inline io::Task<Result<void>> secure_discard(io::BlockDevice& d, u64 lba, u32 bytes) {
+    co_return co_await d.secure_discard(lba, bytes);
 }
 inline io::Task<Result<void>> sleep(io::Executor& e, Nanoseconds n) {
     co_await e.sleep(n);

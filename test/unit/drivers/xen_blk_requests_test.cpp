@@ -185,6 +185,13 @@ TEST_F(XenBlkRequests, FlushesAsNegotiatedAndDiscards) {
     EXPECT_EQ(number(bytes, 8, 8), id);
     EXPECT_EQ(number(bytes, 16, 8), 8u);
     EXPECT_EQ(number(bytes, 24, 8), 16u);
+    auto s = command(io::Op::secure_discard, 8, {nullptr, 0, 16 * 512});
+    const auto secure = encode(s, wire);
+    ASSERT_EQ(secure.size(), 32u);
+    EXPECT_EQ(secure[0], 5u);
+    EXPECT_EQ(secure[1], 1u) << "BLKIF_DISCARD_SECURE";
+    EXPECT_EQ(number(secure, 16, 8), 8u);
+    EXPECT_EQ(number(secure, 24, 8), 16u);
 }
 
 TEST_F(XenBlkRequests, RefusesWhatNoSegmentCanDescribe) {

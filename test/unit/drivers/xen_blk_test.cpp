@@ -358,6 +358,47 @@ TEST(XenBlk, FlushDiscardAndTheirRefusal) {
     EXPECT_EQ(barrier.run(fake::discard(barrier.disk(), 0, buffer)).error().code, Code::not_supported);
 }
 
+TEST(XenBlk, ASecureDiscardIsSentOnlyWhereItIsOffered) {
+    DiskMachine m({.discard = true, .extra = {{"discard-secure", "1"}}});
+    ASSERT_TRUE(m.probe());
+    EXPECT_TRUE(m.disk().geometry().secure_discard);
+    EXPECT_EQ(m.disk().identity().features.view(), "flush discard secure-discard ring-pages=1");
+    std::memset(m.back.disk.data(), 0xff, m.back.disk.size());
+    EXPECT_TRUE(m.run(fake::secure_discard(m.disk(), 16, 8192)));
+    EXPECT_EQ(m.back.secure_served, 1u);
+    EXPECT_EQ(m.back.disk.data()[16 * 512], std::byte{0});
+    EXPECT_EQ(m.back.disk.data()[31 * 512 + 511], std::byte{0});
+    EXPECT_EQ(m.back.disk.data()[32 * 512], std::byte{0xff});
+    EXPECT_TRUE(m.run(fake::discard(m.disk(), 16, m.buffer(4096))));
+    EXPECT_EQ(m.back.secure_served, 1u) << "a plain one stays plain";
+    // Anything but an offer, the other one withheld, or a write-protected disk: refused without asking the back end.
+    const struct {
+        fake::Offer offer;
+        u32 withheld;
+        bool discards;
+        Code expected = Code::not_supported;
+    } others[] = {
+        {{.discard = true}, 0, true},
+        {{.discard = true, .extra = {{"discard-secure", "0"}}}, 0, true},
+        {{.discard = true, .extra = {{"discard-secure", "yes"}}}, 0, true},
+        {{.extra = {{"discard-secure", "1"}}}, 0, false},
+        {{.discard = true, .extra = {{"discard-secure", "1"}}}, without(Feature::secure_discard), true},
+        {{.discard = true, .read_only = true, .extra = {{"discard-secure", "1"}}}, 0, false, Code::bad_argument},
+    };
+    for (const auto& other : others) {
+        DiskMachine without_it(other.offer, other.withheld);
+        ASSERT_TRUE(without_it.probe());
+        EXPECT_EQ(without_it.disk().geometry().discard, other.discards);
+        EXPECT_FALSE(without_it.disk().geometry().secure_discard);
+        EXPECT_EQ(without_it.run(fake::secure_discard(without_it.disk(), 16, 8192)).error().code, other.expected);
+        EXPECT_EQ(without_it.back.served[5], 0u);
+    }
+    DiskMachine only_secure({.discard = true, .extra = {{"discard-secure", "1"}}}, without(Feature::discard));
+    ASSERT_TRUE(only_secure.probe());
+    EXPECT_FALSE(only_secure.disk().geometry().discard);
+    EXPECT_TRUE(only_secure.run(fake::secure_discard(only_secure.disk(), 16, 8192)));
+}
+
 TEST(XenBlk, SplitsIntoParts) {
     DiskMachine m({});
     ASSERT_TRUE(m.probe());

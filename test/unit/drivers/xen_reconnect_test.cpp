@@ -252,6 +252,24 @@ TEST(XenBlkReturns, AWriteProtectedDiskEndsWrites) {
     EXPECT_TRUE(m.disk().geometry().read_only);
 }
 
+TEST(XenBlkReturns, ASecureDiscardIsNotSentToABackEndThatWouldOnlyDiscard) {
+    DiskMachine m({.discard = true, .extra = {{"discard-secure", "1"}}});
+    ASSERT_TRUE(m.probe());
+    m.back.hold = true;
+    io::BlockDevice::Transfer under_way(m.disk(), io::Op::secure_discard, 16, DmaSpan{nullptr, 0, 8192});
+    m.disk().submit(under_way);
+    pass(m, ms);
+    ASSERT_EQ(m.back.held().size(), 1u);
+    m.back.die();
+    m.back.hold = false;
+    m.back.offer.extra["discard-secure"] = "0";
+    m.back.start_again();
+    pass(m, 50 * ms);
+    EXPECT_EQ(under_way.status, Status::not_supported);
+    EXPECT_EQ(m.back.served[5], 0u);
+    EXPECT_TRUE(m.disk().geometry().discard && !m.disk().geometry().secure_discard);
+}
+
 // What the flush was for may be lost with the old back end: the new one's answer counts, not its lack of a cache.
 TEST(XenBlkReturns, AFlushIsNotAnsweredByTheLackOfACache) {
     DiskMachine m({});

@@ -45,6 +45,7 @@ struct Facts {
     u32 zeroes_bytes = 0;           // larger zeroed ranges are split; 0: never
     bool discards = false;          // discards are supported
     bool zeroes = false;            // write zeroes is supported
+    bool secure_discards = false;   // secure discards are supported
     bool holds = true;              // false: the device completes commands at once
     bool gathers = false;           // adjacent requests are merged into one command at the end of the turn
     bool copies = false;            // such buffers are bounced: each command has one request

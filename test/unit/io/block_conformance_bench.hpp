@@ -278,6 +278,9 @@ inline std::vector<Op> operations(const Facts& f) {
     if (f.zeroes) {
         all.push_back(Op::write_zeroes);
     }
+    if (f.secure_discards) {
+        all.push_back(Op::secure_discard);
+    }
     return all;
 }
 

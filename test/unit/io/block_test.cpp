@@ -50,12 +50,13 @@ TEST_F(Block, RefusesWhatCannotBe) {
     EXPECT_EQ(run(Op::read, ~u64{0} - 6, buffer), Status::out_of_range) << "the sum would wrap";
     EXPECT_EQ(run(Op::read, 56, buffer), Status::ok);
     EXPECT_EQ(run(Op::discard, 0, buffer), Status::not_supported);
+    EXPECT_EQ(run(Op::secure_discard, 0, buffer), Status::not_supported);
     disk.change_geometry().read_only = true;
     EXPECT_EQ(run(Op::write, 0, buffer), Status::read_only);
     EXPECT_EQ(run(Op::read, 0, buffer), Status::ok);
-    EXPECT_EQ(disk.counters().submitted, 11u);
-    EXPECT_EQ(disk.counters().completed, 11u);
-    EXPECT_EQ(disk.counters().errors, 9u);
+    EXPECT_EQ(disk.counters().submitted, 12u);
+    EXPECT_EQ(disk.counters().completed, 12u);
+    EXPECT_EQ(disk.counters().errors, 10u);
 }
 
 TEST_F(Block, ALaneBelongsToItsProcessor) {
@@ -207,19 +208,24 @@ TEST_F(Block, CancelEndsIt) {
 
 TEST_F(Block, AReadOnlyDiskDiscardsAndZeroesNothing) {
     disk.change_geometry().discard = true;
+    EXPECT_EQ(run(Op::secure_discard, 0, {nullptr, 0, 4096}), Status::not_supported) << "it is more than a discard";
     disk.change_geometry().write_zeroes = true;
+    disk.change_geometry().secure_discard = true;
     const DmaSpan range{nullptr, 0, 4096};
     EXPECT_EQ(run(Op::discard, 0, range), Status::ok);
     EXPECT_EQ(run(Op::write_zeroes, 0, range), Status::ok);
+    EXPECT_EQ(run(Op::secure_discard, 0, range), Status::ok);
     disk.change_geometry().read_only = true;
     EXPECT_EQ(run(Op::discard, 0, range), Status::read_only);
     EXPECT_EQ(run(Op::write_zeroes, 0, range), Status::read_only);
+    EXPECT_EQ(run(Op::secure_discard, 0, range), Status::read_only);
 }
 
 TEST_F(Block, ARangeWithoutDataIsWholeSectorsOfTheDisk) {
     disk.change_geometry().discard = true;
     disk.change_geometry().write_zeroes = true;
-    for (const Op op : {Op::discard, Op::write_zeroes}) {
+    disk.change_geometry().secure_discard = true;
+    for (const Op op : {Op::discard, Op::write_zeroes, Op::secure_discard}) {
         EXPECT_EQ(run(op, 0, {nullptr, 0, 0}), Status::misaligned);
         EXPECT_EQ(run(op, 0, {nullptr, 0, 100}), Status::misaligned);
         EXPECT_EQ(run(op, disk.geometry().sectors, {nullptr, 0, 512}), Status::out_of_range);

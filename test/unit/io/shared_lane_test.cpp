@@ -213,6 +213,33 @@ TEST_F(SharedLaneTest, EveryLaneLearnsANewSizeOnItsProcessor) {
     EXPECT_EQ(lane.geometry().sectors, 0u);
 }
 
+TEST_F(SharedLaneTest, EveryLaneLearnsWhatTheDiskOffersNow) {
+    std::array<BlockDevice*, 1> lanes{&lane};
+    disk.share(lanes);
+    // Each property alone, so that none is taken for another one.
+    const Geometry offers[] = {{.sectors = 9, .read_only = true},
+                               {.sectors = 8, .flush = true},
+                               {.sectors = 7, .discard = true},
+                               {.sectors = 6, .write_zeroes = true},
+                               {.sectors = 5, .secure_discard = true},
+                               {.sectors = 4, .sector_size = 4096},
+                               {.sectors = 3, .physical_sector_size = 65536}};
+    for (const Geometry& offer : offers) {
+        set_this_processor(0);
+        disk.renew(offer);
+        turn_home();
+        const Geometry& seen = lane.geometry();
+        EXPECT_EQ(seen.sectors, offer.sectors);
+        EXPECT_EQ(seen.sector_size, offer.sector_size) << offer.sectors;
+        EXPECT_EQ(seen.physical_sector_size, offer.physical_sector_size) << offer.sectors;
+        EXPECT_EQ(seen.read_only, offer.read_only) << offer.sectors;
+        EXPECT_EQ(seen.flush, offer.flush) << offer.sectors;
+        EXPECT_EQ(seen.discard, offer.discard) << offer.sectors;
+        EXPECT_EQ(seen.write_zeroes, offer.write_zeroes) << offer.sectors;
+        EXPECT_EQ(seen.secure_discard, offer.secure_discard) << offer.sectors;
+    }
+}
+
 TEST_F(SharedLaneTest, WhatExceedsTheLimitWaitsInOrder) {
     constexpr u32 count = 3 * SharedLane::max_forwarded + 5;
     for (u32 i = 0; i < count; ++i) {

@@ -121,6 +121,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     fl::u64 max_in_flight = 0;
     fl::u64 forgotten = 0;
     fl::u64 discarded = 0; // bytes
+    fl::u64 secured = 0;   // bytes securely discarded
     fl::u64 zeroed = 0;    // bytes
 
     MemoryDisk(fl::io::Executor& e, std::byte* storage, fl::usize bytes, fl::u32 sector = 512)
@@ -209,10 +210,10 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         }
         const fl::usize at = r.lba * geometry().sector_size;
         if (!fl::io::has_data(r.op)) {
-            (r.op == Op::discard ? discarded : zeroed) += r.buffer.size;
+            (r.op == Op::discard ? discarded : r.op == Op::write_zeroes ? zeroed : secured) += r.buffer.size;
             if (r.op == Op::write_zeroes && r.lba != behaviour.drop_write_lba) {
                 std::memset(data + at, 0, r.buffer.size);
-            } else if (r.op == Op::discard) {
+            } else if (r.op != Op::write_zeroes) {
                 std::memset(data + at, 0xdd, r.buffer.size); // undefined
             }
             return Status::ok;

@@ -151,6 +151,32 @@ TEST_F(Verify, DiscardsAndZeroesOneOfFourBlocks) {
     EXPECT_EQ(not_zero->first_bad[0].check.what, Mismatch::zeroes);
 }
 
+TEST_F(Verify, SecurelyDiscardsOneOfFourBlocks) {
+    disk.change_geometry().discard = true;
+    disk.change_geometry().secure_discard = true;
+    auto plan = whole;
+    plan.count = 102; // numbers 0 to 101
+    plan.erase = {.discard = true, .secure_discard = true};
+    const auto r = run(plan);
+    ASSERT_TRUE(r);
+    EXPECT_TRUE(r->ok());
+    EXPECT_EQ(r->discarded, 26u); // 1, 5, ... 101
+    EXPECT_EQ(r->secured, 25u);   // 3, 7, ... 99
+    EXPECT_EQ(disk.discarded, 26u * 4096);
+    EXPECT_EQ(disk.secured, 25u * 4096);
+    for (u64 i = 0; i < 102; i += 2) {
+        const auto block = std::span(storage).subspan(i * 4096, 4096);
+        EXPECT_EQ(check_stamp(block, {.lba = i * 8, .generation = 7, .seed = 3}).what, Mismatch::none) << i;
+    }
+    const CapturedLog log;
+    print_record(disk, *r);
+    EXPECT_TRUE(log.has("\"discarded\":26,\"zeroed\":0,\"read\":102,\"bad\":0,\"ok\":true,\"lanes\":1,"
+                        "\"secure_discarded\":25}\n"));
+    auto missing = *r;
+    --missing.secured;
+    EXPECT_FALSE(missing.ok()) << "a block was not erased";
+}
+
 TEST_F(Verify, FindsADiskThatDoesNotZero) {
     disk.change_geometry().write_zeroes = true;
     disk.behaviour.drop_write_lba = 6 * 8;
@@ -173,6 +199,9 @@ TEST_F(Verify, RefusesToEraseWhatTheDiskCannot) {
     EXPECT_EQ(run(plan).error().code, Code::not_supported);
     plan.erase = {.zeroes = true};
     EXPECT_EQ(run(plan).error().code, Code::not_supported);
+    disk.change_geometry().discard = true;
+    plan.erase = {.secure_discard = true};
+    EXPECT_EQ(run(plan).error().code, Code::not_supported) << "a discard alone is not secure";
     EXPECT_EQ(disk.counters().submitted, 0u);
 }
 
