@@ -182,7 +182,7 @@ Result<void> Vbd::make_lanes(u32 wanted, u32 order) {
             if (queues_ == 0 || known_lanes_ != 0) {
                 return made;
             }
-            log::info("xen_blk: {}: {} of {} queues: {}", front_.path(), queues_, wanted, made.error());
+            log::warning("xen_blk: {}: {} of {} queues: {}", front_.path(), queues_, wanted, made.error());
             break; // one queue is enough
         }
         order = static_cast<u32>(std::countr_zero(lanes_[0]->connection().pages()));
@@ -218,7 +218,7 @@ Result<void> Vbd::make_lane(u32 number, u32 order) {
                       disk_name(which_), xen_.grants().obtainable());
         }
     }
-    return {};
+    return lane->listen();
 }
 
 // Of an earlier connection. Not an error: a device that the toolstack has made anew does not have it.
@@ -353,7 +353,6 @@ io::Task<Result<void>> Vbd::start_lanes() {
     }
     for (Lane* lane : lanes()) {
         running_ = true;
-        CO_CHECK(lane->listen());
         CO_CHECK(co_await io::run_on(lane->executor(), lane->start()));
     }
     co_return Result<void>{};

@@ -22,6 +22,9 @@ using namespace hv::xen;
 namespace {
 constinit Vif* attached = nullptr; // devices live until machine shutdown
 
+/// Of one queue.
+constexpr std::array<std::string_view, 3> lane_keys{"tx-ring-ref", "rx-ring-ref", "event-channel"};
+
 std::optional<u8> hex_digit(char c) {
     if (c >= '0' && c <= '9') {
         return static_cast<u8>(c - '0');
@@ -127,7 +130,7 @@ io::Task<Result<void>> Vif::connect() {
     co_return Result<void>{};
 }
 
-// With lanes_.count == 0 as many lanes are made as can be; otherwise each of them is given a queue again.
+// With lanes_.count == 0 as many lanes are made as can be; otherwise as many of them as can be are given a queue again.
 io::Task<Result<void>> Vif::shake_hands() {
     static constexpr BusState ready[] = {BusState::init_wait, BusState::initialised, BusState::connected};
     static constexpr BusState connected[] = {BusState::connected};
@@ -139,23 +142,8 @@ io::Task<Result<void>> Vif::shake_hands() {
     CO_CHECK(co_await front_.await_state(ready, {environment_.executor, environment_.timeout}));
     CO_CHECK(co_await read_features());
     CO_CHECK(co_await read_mtu());
-    const u32 in_use = lanes_.count;
-    if (wanted_lanes_ < in_use) {
-        co_return Error{Code::not_supported, "the back end has returned with fewer queues", in_use, wanted_lanes_};
-    }
-    lanes_.count = 0;
     lanes_.failed.store(false, std::memory_order_relaxed); // the lanes do not run
-    for (u32 lane = 0; lane < (in_use != 0 ? in_use : wanted_lanes_); ++lane) {
-        if (auto made = make_lane(lane); !made) {
-            if (lane == 0 || in_use != 0) {
-                lanes_.count = std::max(lanes_.count, in_use);
-                co_return made.error();
-            }
-            log::info("xen_net: {}: {} of {} queues: {}", front_.path(), lane, wanted_lanes_, made.error());
-            break; // one queue is enough
-        }
-        ++lanes_.count;
-    }
+    CO_CHECK(make_lanes());
     name_features();
     CO_CHECK(co_await publish());
     CO_CHECK(co_await front_.set_state(BusState::connected));
@@ -163,9 +151,39 @@ io::Task<Result<void>> Vif::shake_hands() {
     co_return Result<void>{};
 }
 
+// One queue is enough: what cannot be had for another one does not keep the card from working.
+Result<void> Vif::make_lanes() {
+    const u32 wanted = lanes_.count != 0 ? lanes_.count : wanted_lanes_;
+    const u32 possible = std::min(wanted, wanted_lanes_);
+    Result<void> made;
+    for (queues_ = 0; queues_ < possible; ++queues_) {
+        if (made = make_lane(queues_); !made) {
+            break;
+        }
+    }
+    if (queues_ == 0) {
+        return made;
+    }
+    if (queues_ < wanted) {
+        const Error why = made ? Error{Code::not_supported,
+                                       "the back end has returned with fewer queues "
+                                       "(multi-queue-max-queues)",
+                                       wanted, wanted_lanes_}
+                               : made.error();
+        log::warning("xen_net: {}: {} of {} queues: {}", front_.path(), queues_, wanted, why);
+    }
+    lanes_.count = std::max(lanes_.count, queues_);
+    return {};
+}
+
+// A lane without a queue in this connection ends what waits for it. A processor that has stopped does not run it.
 io::Task<Result<void>> Vif::start_lanes() {
     for (u32 lane = 0; lane < lanes_.count; ++lane) {
-        CO_CHECK(co_await io::run_on(executor(lane), lanes_.all[lane]->start()));
+        if (lane < queues_) {
+            CO_CHECK(co_await io::run_on(executor(lane), lanes_.all[lane]->start()));
+        } else {
+            static_cast<void>(co_await io::run_on(executor(lane), lanes_.all[lane]->stop()));
+        }
     }
     co_return Result<void>{};
 }
@@ -203,7 +221,7 @@ io::Task<Result<void>> Vif::read_features() {
     CO_TRY(const u64 no_checksums, co_await store.number_or(front_.backend(), "feature-no-csum-offload", 0));
     offloads_checksums_ = no_checksums == 0 && environment_.allows(Feature::checksum);
     CO_TRY(const u64 queues, co_await store.number_or(front_.backend(), "multi-queue-max-queues", 0));
-    offers_queues_ = queues > 1;
+    knows_queues_ = queues != 0;
     if (environment_.allows(Feature::multi_queue)) {
         wanted_lanes_ = static_cast<u32>(
             std::clamp<u64>(std::min<u64>(queues, environment_.executors.size()), 1, Lanes::max_lanes));
@@ -233,7 +251,7 @@ void Vif::name_features() {
     };
     add(scatter_, "scatter-gather");
     add(offloads_checksums_, "checksum");
-    add(lanes_.count > 1, "multi-queue");
+    add(queues_ > 1, "multi-queue");
     for (u32 lane = 0; lane < lanes_.count; ++lane) {
         lanes_.all[lane]->set_features(identity_.features);
     }
@@ -269,25 +287,47 @@ Result<void> Vif::make_lane(u32 number) {
     if (!made && lanes_.all[number] != nullptr) { // the back end has not seen any of it
         lanes_.all[number]->reclaim();
         free_connection(connection, true);
-        delete std::exchange(lanes_.all[number], nullptr);
+        if (number >= lanes_.count) { // else it is in use
+            delete std::exchange(lanes_.all[number], nullptr);
+        }
     }
     return made;
 }
 
+// Of an earlier connection with more or fewer queues. Not an error: a device that the toolstack has made anew has none.
+io::Task<Result<void>> Vif::withdraw_keys() {
+    const u32 before = std::exchange(published_queues_, queues_);
+    if (before == 1 && queues_ != 1) {
+        for (const std::string_view key : lane_keys) {
+            const StorePath path = join(front_.path(), key);
+            static_cast<void>(co_await xen_.store().remove(path));
+        }
+    }
+    for (u32 lane = queues_ == 1 ? 0 : queues_; before > 1 && lane < before; ++lane) {
+        FixedText<16> key;
+        print(key, "queue-{}", lane);
+        const StorePath path = join(front_.path(), key.view());
+        static_cast<void>(co_await xen_.store().remove(path));
+    }
+    co_return Result<void>{};
+}
+
 io::Task<Result<void>> Vif::publish() {
+    const bool tells_queues = knows_queues_ || published_queues_ > 1;
+    CO_CHECK(co_await withdraw_keys());
     entry_count_ = 0;
     add_entry("", "request-rx-copy", 1);
     add_entry("", "feature-rx-notify", 1); // the back end may wait until it is told of new buffers
     add_entry("", "feature-sg", environment_.allows(Feature::scatter) ? 1 : 0);
     add_entry("", "feature-no-csum-offload", environment_.allows(Feature::checksum) ? 0 : 1);
     add_entry("", "feature-ipv6-csum-offload", environment_.allows(Feature::checksum) ? 1 : 0);
-    if (offers_queues_) { // also a 1: a predecessor may have written another number
-        add_entry("", "multi-queue-num-queues", lanes_.count);
+    if (tells_queues) { // also a 1: a predecessor, or an earlier connection, may have written another number
+        add_entry("", "multi-queue-num-queues", queues_);
     }
-    if (lanes_.count == 1) {
+    if (queues_ == 1) {
         publish_lane("", connections_[0]);
     } else {
-        for (u32 lane = 0; lane < lanes_.count; ++lane) {
+        for (u32 lane = 0; lane < queues_; ++lane) {
             FixedText<16> prefix;
             print(prefix, "queue-{}/", lane);
             publish_lane(prefix.view(), connections_[lane]);
@@ -297,9 +337,11 @@ io::Task<Result<void>> Vif::publish() {
 }
 
 void Vif::publish_lane(std::string_view prefix, const Connection& connection) {
-    add_entry(prefix, "tx-ring-ref", connection.grants[0]);
-    add_entry(prefix, "rx-ring-ref", connection.grants[1]);
-    add_entry(prefix, "event-channel", to_underlying(connection.port));
+    const std::array<u64, lane_keys.size()> values{connection.grants[0], connection.grants[1],
+                                                   to_underlying(connection.port)};
+    for (usize i = 0; i < lane_keys.size(); ++i) {
+        add_entry(prefix, lane_keys[i], values[i]);
+    }
 }
 
 Result<void> Vif::keep() { return tasks_.spawn(follow()); }

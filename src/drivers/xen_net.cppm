@@ -2,7 +2,8 @@
 // and back end disconnection. The rings are in drivers.xen_net.queue, the card is drivers.xen_net.device.
 //
 // A card whose back end leaves the connection, without being removed, is connected again: frames in its rings are lost,
-// and others wait for room meanwhile. A card that the toolstack removes ends; added again, it is the same Vif.
+// and others wait for room meanwhile. If there are fewer queues than lanes then, the last lanes are closed until a
+// later connection has queues for them. A card that the toolstack removes ends; added again, it is the same Vif.
 //
 // The handshake: back end init-wait → we publish rings, event channels and features → connected → back end connected.
 // Each lane has a queue: one pair of rings and one event channel, which serves both directions, so that a turn needs
@@ -88,6 +89,7 @@ class Vif final : public hv::xen::BusDevice {
     };
 
     io::Task<Result<void>> shake_hands();
+    Result<void> make_lanes();
     io::Task<Result<void>> start_lanes();
     io::Task<Result<void>> hold_lanes();
     io::Task<Result<void>> follow();
@@ -101,6 +103,7 @@ class Vif final : public hv::xen::BusDevice {
     Result<void> make_lane(u32 number);
     void name_features();
     io::Task<Result<void>> publish();
+    io::Task<Result<void>> withdraw_keys();
     void publish_lane(std::string_view prefix, const Connection& connection);
     void free_connection(Connection& connection, bool released);
     void add_entry(std::string_view prefix, std::string_view key, u64 value);
@@ -115,7 +118,9 @@ class Vif final : public hv::xen::BusDevice {
     FixedText<12> address_;     // on the bus
     u32 card_number_ = no_twin; // see NetSink
     u32 wanted_lanes_ = 1;
-    bool offers_queues_ = false; // the back end knows several queues
+    u32 queues_ = 0;            // of the connection: those of the first lanes
+    u32 published_queues_ = 0;  // of the last connection whose keys are in XenStore
+    bool knows_queues_ = false; // the back end says how many queues it serves
     bool scatter_ = false;
     bool offloads_checksums_ = false;
     bool begun_ = false; // the back end may have seen us

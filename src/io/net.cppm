@@ -136,7 +136,8 @@ class NetDevice {
     void set_receiver(FrameReceiver* receiver) { receiver_ = receiver; }
     /// Whether the host says that a cable is plugged in. Frames sent meanwhile are lost.
     inline bool link_up() const { return link_up_; }
-    /// False: closed, after an error or because the host has removed it. For ever.
+    /// False: closed, after an error or because the host has removed it; for ever, unless it is a further lane, which
+    /// may be without a queue of the host's for a while.
     inline bool is_open() const { return open_; }
     /// The longest frame, in bytes.
     inline u32 max_frame() const { return identity_.mtu + ethernet_header; }

@@ -50,7 +50,7 @@ class Lane {
     /// queue's processor, when the queue closes by itself or with another one. Terms with persistent grants require
     /// has_pool(). While it is closed or held.
     Result<void> set_up(const Terms& terms, DmaAllocator& dma, void (*notify)(void* context), void* context);
-    /// Events come to the queue's processor, once start() has let them. Between set_up() and start(), which unmasks.
+    /// Events come to the queue's processor, once start() has let them. Between prepare() and start(), which unmasks.
     Result<void> listen();
     /// Accepts requests from now on, or sends what has waited since hold(), less what the terms exclude.
     /// Error{device_gone}: another queue has closed the disk meanwhile.

@@ -51,7 +51,7 @@ class Lane final : public io::NetDevice, public io::Service {
     io::Task<Result<void>> hold();
     /// The same while the lane's processor does nothing, on any one.
     void lose() { connected_ = false; }
-    /// Ends it, on the lane's processor: the rings are not accessed any more. May be called at any time.
+    /// Ends it, on the lane's processor: the rings are not accessed any more, until start(). May be called at any time.
     io::Task<Result<void>> stop();
     /// The back end can no longer access anything: frees the pages. After stop().
     void reclaim();

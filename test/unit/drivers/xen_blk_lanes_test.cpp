@@ -288,6 +288,28 @@ TEST(XenBlkLanes, ShortOfGrants) {
     load.check();
 }
 
+TEST(XenBlkLanes, ShortOfEventChannels) {
+    LanesMachine m(plain, 4);
+    EXPECT_TRUE(m.install());
+    EXPECT_TRUE(m.start());
+    for (u32 i = 1; i < 4; ++i) {
+        set_this_processor(i);
+        EXPECT_TRUE(m.guest.join(i, *m.all[i]));
+        set_this_processor(0);
+    }
+    m.xen.next_port = hv::xen::Events::capacity - 2; // Xen has more of them than this kernel has room for
+    m.xen.last_port = 4095;
+    Capture log;
+    ASSERT_TRUE(m.run(drivers::xen_blk::probe(m.environment, m.guest, m.device)));
+    EXPECT_EQ(m.disk().queues(), 2u);
+    EXPECT_EQ(log.count("2 of 4 queues: an event channel's port is beyond what this kernel has room for"), 1u)
+        << log.text;
+    Load load(m, 4);
+    pass(m, 10 * ms);
+    load.check();
+    detach(m);
+}
+
 // The first violation on any ring closes the disk, with one line.
 TEST(XenBlkLanes, OneBrokenRingClosesTheDisk) {
     for (const Offer& offer : {plain, full}) {

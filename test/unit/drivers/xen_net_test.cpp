@@ -349,6 +349,69 @@ TEST(XenNet, WithoutGrantsForAnotherQueueThereIsOne) {
     EXPECT_EQ(m.receiver.got.size(), 1u);
 }
 
+// What is short, and how much of it there is when it is as much as a card with this many queues takes.
+struct Shortage {
+    const char* name;
+    void (*limit)(NetMachine& machine, const NetMachine& sufficient);
+    std::string_view why;
+};
+class XenNetShortage : public testing::TestWithParam<Shortage> {};
+
+TEST_P(XenNetShortage, GoesOnWithTheQueuesThatThereAre) {
+    for (const u32 enough : {1u, 2u}) {
+        NetMachine sufficient({.queues = enough}, 0, 3);
+        sufficient.open();
+        NetMachine m({.queues = 3}, 0, 3);
+        m.back.echo = true;
+        ASSERT_TRUE(m.install());
+        ASSERT_TRUE(m.start());
+        GetParam().limit(m, sufficient);
+        const u32 grants = m.guest.in_use().grants;
+        Capture log;
+        const auto probed = m.run(drivers::xen_net::probe(m.environment, m.guest, m.device));
+        ASSERT_TRUE(probed) << probed.error().message;
+        ASSERT_EQ(m.card().lanes(), enough);
+        EXPECT_EQ(m.back.queues.size(), enough);
+        EXPECT_EQ(m.back.key("multi-queue-num-queues"), std::to_string(enough));
+        const std::string line = "xen_net: device/vif/0: " + std::to_string(enough) + " of 3 queues: ";
+        EXPECT_EQ(log.count(line + std::string(GetParam().why)), 1u) << log.text;
+        EXPECT_EQ(m.guest.in_use().grants - grants, sufficient.guest.in_use().grants)
+            << "what the last one took is free";
+        EXPECT_EQ(m.guest.in_use().event_channels, sufficient.guest.in_use().event_channels);
+        EXPECT_EQ(m.xen.memory.outstanding, sufficient.xen.memory.outstanding);
+        std::array<fake::Receiver, 2> receivers;
+        for (u32 lane = 0; lane < enough; ++lane) {
+            m.card().lane(lane).set_receiver(&receivers[lane]);
+            EXPECT_EQ(m.card().lane(lane).send_now({bytes(frame(60))}), SendStatus::sent);
+        }
+        m.pass(ms);
+        for (u32 lane = 0; lane < enough; ++lane) {
+            EXPECT_EQ(receivers[lane].got.size(), 1u) << lane;
+            m.card().lane(lane).set_receiver(nullptr);
+        }
+        m.back.detach();
+        m.pass(100 * ms);
+        EXPECT_EQ(m.xen.live_grants(), 0u);
+    }
+}
+
+const Shortage shortages[] = {
+    {"grants",
+     [](NetMachine& m, const NetMachine& sufficient) {
+         while (m.guest.grants().obtainable() > sufficient.guest.in_use().grants + 60) {
+             static_cast<void>(m.guest.grants().take());
+         }
+     },
+     "a network card needs more memory or grant entries than there are"},
+    {"memory",
+     [](NetMachine& m, const NetMachine& sufficient) { m.xen.memory.most = sufficient.xen.memory.outstanding; }, ""},
+    {"event_channels",
+     [](NetMachine& m, const NetMachine& sufficient) { m.xen.most_ports = sufficient.xen.open_ports.size(); },
+     "Xen gives no event channel"},
+};
+INSTANTIATE_TEST_SUITE_P(All, XenNetShortage, testing::ValuesIn(shortages),
+                         [](const auto& i) { return std::string(i.param.name); });
+
 // ---- sending ----
 
 TEST(XenNet, ChecksumsAreLeftToTheBackEndIfItWants) {

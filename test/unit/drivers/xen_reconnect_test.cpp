@@ -412,7 +412,68 @@ TEST(XenNetReturn, TheCardStaysOpenAndFramesWait) {
     }
 }
 
-TEST(XenNetReturn, FewerQueuesOrNoReturnCloseTheCard) {
+// The back end serves fewer queues than before, or this side cannot have more: the other lanes go on.
+TEST(XenNetReturn, TheCardGoesOnWithFewerQueuesAndTakesTheRestBackLater) {
+    const std::array<std::byte, 60> frame{};
+    for (const bool short_here : {false, true}) {
+        for (const u32 fewer : {1u, 2u}) {
+            NetMachine m({.queues = 3}, 0, 3);
+            m.open();
+            std::array<fake::Receiver, 3> receivers;
+            for (u32 lane = 0; lane < 3; ++lane) {
+                m.card().lane(lane).set_receiver(&receivers[lane]);
+            }
+            const hv::Xen::InUse in_use = m.guest.in_use();
+            const u64 memory = m.xen.memory.outstanding;
+            const auto return_with = [&](u32 queues) {
+                m.back.die();
+                m.back.go(6);
+                pass(m, 20 * ms);
+                m.back.offer.queues = short_here ? 3 : queues;
+                m.xen.most_ports = short_here ? m.xen.open_ports.size() + queues : ~usize{0};
+                m.back.start_again();
+                for (u32 i = 0; i < 5; ++i) { // the other processors take a turn in each sleep
+                    pass(m, 10 * ms);
+                }
+                ASSERT_EQ(m.back.queues.size(), queues);
+                EXPECT_EQ(m.card().lanes(), 3u) << "of the card, for ever";
+                for (u32 lane = 0; lane < 3; ++lane) {
+                    io::NetDevice& device = m.card().lane(lane);
+                    EXPECT_EQ(device.is_open(), lane < queues) << lane;
+                    EXPECT_EQ(device.send_now({frame}),
+                              lane < queues ? io::SendStatus::sent : io::SendStatus::device_gone);
+                    if (lane < queues) {
+                        m.back.deliver(std::string(60, 'x'), 0, lane);
+                    }
+                }
+                m.back.sent.clear();
+                const std::array had{receivers[0].got.size(), receivers[1].got.size(), receivers[2].got.size()};
+                pass(m, ms);
+                EXPECT_EQ(m.back.sent.size(), queues);
+                for (u32 lane = 0; lane < 3; ++lane) {
+                    EXPECT_EQ(receivers[lane].got.size() - had[lane], lane < queues ? 1u : 0u) << lane;
+                }
+            };
+            Capture log;
+            return_with(fewer);
+            EXPECT_TRUE(log.has("xen_net: device/vif/0: " + std::to_string(fewer) + " of 3 queues: " +
+                                (short_here ? "Xen gives no event channel"
+                                            : "the back end has returned with fewer queues (multi-queue-max-queues)")))
+                << log.text;
+            EXPECT_EQ(m.card().identity().features.view(),
+                      fewer == 1 ? "scatter-gather checksum" : "scatter-gather checksum multi-queue");
+            return_with(3);
+            EXPECT_EQ(m.guest.in_use(), in_use);
+            EXPECT_EQ(m.xen.memory.outstanding, memory);
+            EXPECT_TRUE(m.sink.withdrawn.empty());
+            for (u32 lane = 0; lane < 3; ++lane) {
+                m.card().lane(lane).set_receiver(nullptr);
+            }
+        }
+    }
+}
+
+TEST(XenNetReturn, NoQueueOrNoReturnClosesTheCard) {
     for (const bool back : {false, true}) {
         NetMachine m({.queues = 3}, 0, 3);
         m.open();
@@ -420,7 +481,7 @@ TEST(XenNetReturn, FewerQueuesOrNoReturnCloseTheCard) {
         m.back.go(6);
         pass(m, 10 * ms);
         if (back) {
-            m.back.offer.queues = 2;
+            m.xen.most_ports = 0;
             m.back.start_again();
         }
         Capture log;
@@ -428,7 +489,7 @@ TEST(XenNetReturn, FewerQueuesOrNoReturnCloseTheCard) {
             pass(m, 200 * ms);
         }
         EXPECT_FALSE(m.card().is_open());
-        EXPECT_EQ(log.has("the back end has returned with fewer queues"), back) << log.text;
+        EXPECT_EQ(log.has("Xen gives no event channel"), back) << log.text;
         EXPECT_EQ(m.sink.withdrawn, std::vector<u32>{0}) << log.text;
         EXPECT_EQ(m.guest.in_use().grants, 0u);
         EXPECT_EQ(m.xen.open_ports.size(), 0u);

@@ -27,7 +27,7 @@ class Memory final : public DmaAllocator, public hv::PhysicalMemory {
                 return taken;
             }
         }
-        if (used_ + size > storage_.size() || refuse) {
+        if (used_ + size > storage_.size() || refuse || outstanding + size > most) {
             return Error{Code::exhausted, "test memory is full"};
         }
         DmaSpan span{storage_.data() + used_, base + used_, size};
@@ -57,6 +57,7 @@ class Memory final : public DmaAllocator, public hv::PhysicalMemory {
     }
     bool reuse = false;
     u64 outstanding = 0;
+    u64 most = ~u64{0}; // outstanding at once
     bool refuse = false;
     std::function<void(DmaSpan)> on_free;
 
@@ -399,7 +400,7 @@ class Xen {
             port_vcpu[next_port] = field<u32>(b, 0);
             return (next_port++, 0);
         case 6: // alloc_unbound
-            if (next_port >= 400) {
+            if (next_port >= last_port || open_ports.size() >= most_ports) {
                 return -28;
             }
             field<u32>(b, 4) = next_port;
@@ -870,6 +871,8 @@ class Xen {
     std::set<u32> open_ports;
     std::map<u32, u16> port_domains; // domains allowed to bind to them
     u32 next_port = 5;
+    u32 last_port = 400;
+    usize most_ports = ~usize{0}; // open at once
     u64 upcalls = 0;
     std::byte* shared = nullptr;
     u32 grant_frames_limit = 64; // as reported
