@@ -111,6 +111,7 @@ Task<Result<void>> Interface::close() {
         }
     }
     opened_ = false;
+    give_up_held();
     end_waiting(nullptr, gone);
     co_return Result<void>{};
 }
@@ -158,6 +159,7 @@ void Interface::configure(const Config& config) {
 void Interface::deconfigure() {
     config_.reset();
     arp_.clear();
+    give_up_held();
     end_waiting(nullptr, no_address);
 }
 
@@ -207,9 +209,7 @@ void Interface::send_arp(const MacAddress& to, ArpOperation operation, Ipv4Addre
     const MacAddress& own = device_.identity().mac;
     put(std::span(frame), EthernetHeader{to, own, to_underlying(EtherType::arp)});
     put(std::span(frame).subspan(sizeof(EthernetHeader)), make_arp(operation, own, sender, target_mac, target));
-    if (device_.send_now({frame}) != SendStatus::sent) {
-        ++counters_.answers_lost;
-    }
+    send_own({frame});
 }
 
 void Interface::ask(Ipv4Address address, const MacAddress& to) {
@@ -337,9 +337,47 @@ void Interface::answer(const MacAddress& mac, Ipv4Address to, const IcmpHeader& 
     put(std::span(head).subspan(sizeof(EthernetHeader)),
         make_ipv4(Protocol::icmp, address(), to, sizeof(IcmpHeader) + data.size()));
     put(std::span(head).subspan(sizeof(EthernetHeader) + sizeof(Ipv4Header)), icmp);
-    if (device_.send_now({head, data}) != SendStatus::sent) {
-        ++counters_.answers_lost;
+    send_own({head, data});
+}
+
+// Behind those that are held already, and behind packets that wait for room.
+void Interface::send_own(const OutgoingFrame& frame) {
+    const SendStatus status = held_count_ != 0 ? SendStatus::timed_out : device_.send_now(frame);
+    if (status == SendStatus::sent) {
+        return;
     }
+    bool kept = status == SendStatus::timed_out && held_count_ < max_held && frame.size() <= held_bytes;
+    if (kept && held_count_ == 0) {
+        kept = static_cast<bool>(held_task_.emplace(executor()).spawn(send_held()));
+    }
+    if (!kept) {
+        ++counters_.answers_lost;
+        return;
+    }
+    Held& held = held_[(held_first_ + held_count_++) % max_held];
+    held.size = static_cast<u32>(frame.size());
+    const auto rest = std::ranges::copy(frame.head, held.bytes.begin()).out;
+    std::ranges::copy(frame.body, rest);
+}
+
+Task<Result<void>> Interface::send_held() {
+    while (held_count_ != 0) {
+        const Held& held = held_[held_first_];
+        const SendStatus status = co_await device_.send({std::span(held.bytes).first(held.size)}, held_bound);
+        if (status != SendStatus::sent) {
+            counters_.answers_lost += std::exchange(held_count_, 0);
+            break;
+        }
+        held_first_ = (held_first_ + 1) % max_held;
+        --held_count_;
+    }
+    co_return Result<void>{};
+}
+
+// Those of an address that is gone must not leave any more.
+void Interface::give_up_held() {
+    held_task_.reset();
+    counters_.answers_lost += std::exchange(held_count_, 0);
 }
 
 Drop Interface::take_icmp(const EthernetHeader& ethernet, const Ipv4Packet& packet) {

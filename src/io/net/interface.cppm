@@ -83,8 +83,13 @@ class Interface final : public FrameReceiver, public Service {
         u64 unreachables = 0; // errors sent about datagrams without a socket
         u64 errors = 0;       // errors received about packets that were sent
         u64 conflicts = 0;    // packets of another station that uses this address
-        u64 answers_lost = 0; // frames of this interface's own for which the device had no room
+        u64 answers_lost = 0; // frames of this interface's own for which there was no room, see max_held
     };
+    /// Frames of the interface's own (answers, ARP) that wait while the device's ring is full, each of at most
+    /// held_bytes; further and longer ones are lost. If there is no room for held_bound, all that wait are.
+    static constexpr u32 max_held = 8;
+    static constexpr u32 held_bytes = 1500 + ethernet_header;
+    static constexpr Nanoseconds held_bound = 1'000'000'000;
     /// How many pings and datagrams without a socket are answered: a burst, then one per interval.
     static constexpr u32 answer_burst = 64;
     static constexpr Nanoseconds answer_interval = 1'000'000;
@@ -154,6 +159,9 @@ class Interface final : public FrameReceiver, public Service {
     Drop take_udp(const EthernetHeader& ethernet, const Ipv4Packet& packet, Checksum checksum, bool to_all);
     Drop take_error(const IcmpMessage& message);
     bool may_answer();
+    void send_own(const OutgoingFrame& frame);
+    Task<Result<void>> send_held();
+    void give_up_held();
     void answer(const MacAddress& mac, Ipv4Address to, const IcmpHeader& icmp, std::span<const std::byte> data);
     void send_arp(const MacAddress& to, ArpOperation operation, Ipv4Address sender, const MacAddress& target_mac,
                   Ipv4Address target);
@@ -185,6 +193,14 @@ class Interface final : public FrameReceiver, public Service {
     u32 answers_left_ = answer_burst;
     bool opened_ = false;
     std::array<std::unique_ptr<LaneForwarder>, max_processors> forwarders_;
+    struct Held {
+        u32 size = 0;
+        std::array<std::byte, held_bytes> bytes;
+    };
+    std::array<Held, max_held> held_;
+    u32 held_first_ = 0; // the oldest one
+    u32 held_count_ = 0;
+    std::optional<TaskGroup> held_task_; // send_held(), while there are any
 };
 
 /// A UDP port of an interface. On the interface's processor.

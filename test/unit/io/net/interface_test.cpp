@@ -402,6 +402,161 @@ TEST_F(NetInterface, AnswersToPingsHaveALimit) {
     EXPECT_LE(right.interface.counters().echo_replies, Interface::answer_burst + 22u);
 }
 
+// ---- answers when the ring is full ----
+
+struct NetHeld : NetInterface {
+    Bytes echo(u16 sequence, usize size = 4) {
+        const Bytes data(size, static_cast<std::byte>(sequence));
+        Bytes request(8);
+        put(std::span(request), make_icmp(IcmpType::echo_request, 0, 7, sequence, data));
+        request.insert(request.end(), data.begin(), data.end());
+        return frame_of(right_mac, left_mac, EtherType::ipv4, ipv4(Protocol::icmp, left_ip, right_ip, request));
+    }
+    Bytes question() {
+        Bytes request(28);
+        put(std::span(request), make_arp(ArpOperation::request, left_mac, left_ip, {}, right_ip));
+        return frame_of(broadcast_mac, left_mac, EtherType::arp, request);
+    }
+    void room(u32 slots) {
+        right.card.slots = slots;
+        right.card.has_room();
+    }
+    // What the interface has sent since the last call: the echo replies' numbers, 1000 for an ARP reply, 2000 for a
+    // datagram.
+    std::vector<u32> answers() {
+        pass(20_ms);
+        std::vector<u32> seen;
+        for (const Bytes& frame : std::exchange(wire.sent, {})) {
+            if (frame[11] != std::byte{2}) {
+                continue; // of the other station
+            }
+            if (frame[13] == std::byte{6}) {
+                if (frame[21] == std::byte{2}) { // else a question of its own
+                    seen.push_back(1000);
+                }
+            } else if (frame[23] == std::byte{17}) {
+                seen.push_back(2000);
+            } else {
+                EXPECT_EQ(frame[34], std::byte{0}) << "an echo reply";
+                seen.push_back(static_cast<u32>(frame[41]));
+                EXPECT_TRUE(parse_icmp(std::span(frame).subspan(34))) << "its checksum";
+                EXPECT_EQ(frame.back(), frame[41]) << "its data";
+            }
+        }
+        return seen;
+    }
+    u64 lost() const { return right.interface.counters().answers_lost; }
+};
+
+TEST_F(NetHeld, TheyAreSentInOrderWhenThereIsRoom) {
+    right.card.slots = 0;
+    right.card.arrive(echo(1));
+    right.card.arrive(question());
+    right.card.arrive(echo(2, 1472)); // the longest one
+    EXPECT_EQ(answers(), std::vector<u32>{});
+    right.card.arrive(echo(3));
+    room(1);
+    right.card.arrive(echo(4)); // although there may be room
+    EXPECT_EQ(answers(), (std::vector<u32>{1, 1000, 2, 3, 4}));
+    right.card.arrive(echo(5));
+    EXPECT_EQ(answers(), std::vector<u32>{5}) << "at once again";
+    EXPECT_EQ(lost(), 0u);
+    EXPECT_EQ(right.interface.counters().echo_replies, 5u);
+}
+
+TEST_F(NetHeld, TheyTakeTurnsWithPackets) {
+    ASSERT_TRUE(send(right, {left_ip, 1000}, Bytes(1))); // the neighbour is known from here on
+    static_cast<void>(answers());
+    right.card.slots = 0;
+    const Bytes data(1);
+    TaskGroup group(executor);
+    ASSERT_TRUE(group.spawn(sending(right.socket, {left_ip, 1000}, data, 5_s)));
+    pass(1_ms);
+    right.card.arrive(echo(1)); // behind the one that waits
+    pass(1_ms);
+    ASSERT_TRUE(group.spawn(sending(right.socket, {left_ip, 1000}, data, 5_s)));
+    pass(1_ms);
+    room(1);
+    EXPECT_EQ(answers(), (std::vector<u32>{2000, 1, 2000}));
+    EXPECT_EQ(lost(), 0u);
+}
+
+TEST_F(NetHeld, BeyondTheBoundTheyAreLostAndCounted) {
+    for (u32 round = 1; round <= 3; ++round) { // the places are used again
+        right.card.slots = 0;
+        for (u16 i = 0; i < Interface::max_held + 3; ++i) {
+            right.card.arrive(echo(i));
+        }
+        EXPECT_EQ(lost(), 3u * round);
+        room(64);
+        EXPECT_EQ(answers(), (std::vector<u32>{0, 1, 2, 3, 4, 5, 6, 7}));
+    }
+    Card jumbo(executor, wire, 2, 9000); // the same station on another card
+    Interface interface(jumbo);
+    ASSERT_TRUE(executor.run(interface.open()));
+    interface.configure({{right_ip, 24}, {}});
+    jumbo.slots = jumbo.used;
+    jumbo.arrive(echo(1, Interface::held_bytes - 41));
+    EXPECT_EQ(interface.counters().answers_lost, 1u) << "longer than a place";
+    jumbo.arrive(echo(2, Interface::held_bytes - 42));
+    EXPECT_EQ(interface.counters().answers_lost, 1u);
+    ASSERT_TRUE(executor.run(interface.close()));
+    EXPECT_EQ(interface.counters().answers_lost, 2u) << "it is not sent any more";
+}
+
+TEST_F(NetHeld, NoneWaitsForEver) {
+    right.card.slots = 0;
+    right.card.arrive(echo(1));
+    right.card.arrive(echo(2));
+    pass(Interface::held_bound - 100_ms);
+    EXPECT_EQ(lost(), 0u);
+    pass(200_ms);
+    EXPECT_EQ(lost(), 2u);
+    room(64);
+    EXPECT_EQ(answers(), std::vector<u32>{});
+    right.card.arrive(echo(3));
+    EXPECT_EQ(answers(), std::vector<u32>{3});
+}
+
+TEST_F(NetHeld, NoneLeavesWithAnAddressThatIsGone) {
+    right.card.slots = 0;
+    right.card.arrive(echo(1));
+    right.card.arrive(echo(2));
+    pass(1_ms);
+    right.interface.deconfigure();
+    EXPECT_EQ(lost(), 2u);
+    room(64);
+    EXPECT_EQ(answers(), std::vector<u32>{});
+    right.interface.configure({{right_ip, 24}, router_ip});
+    pass(1_ms); // the announcement
+    room(0);
+    right.card.arrive(echo(3));
+    pass(1_ms);
+    right.card.close();
+    pass(1_ms);
+    EXPECT_EQ(lost(), 3u) << "a card that is closed ends them at once";
+}
+
+TEST_F(NetHeld, TheInterfaceMayEndMeanwhile) {
+    for (const bool at_once : {false, true}) {
+        Card card(executor, wire, 2);
+        auto interface = std::make_unique<Interface>(card);
+        ASSERT_TRUE(executor.run(interface->open()));
+        interface->configure({{right_ip, 24}, {}});
+        pass(1_ms);
+        card.slots = 0;
+        card.arrive(echo(1));
+        if (!at_once) {
+            pass(1_ms);
+        }
+        interface.reset();
+        wire.sent.clear();
+        card.slots = 64;
+        card.has_room();
+        EXPECT_EQ(answers(), std::vector<u32>{});
+    }
+}
+
 TEST_F(NetInterface, AnUnreachablePortIsAnErrorOfTheSocket) {
     ASSERT_TRUE(send(left, {right_ip, 99}, Bytes(20)));
     auto got = receive(left);
