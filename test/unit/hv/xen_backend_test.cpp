@@ -556,6 +556,67 @@ TEST(XenFifoEvents, QueuesAreFollowedAndWordsEndAsTheyBegan) {
     EXPECT_EQ(m.guest.events().unexpected(), 0u);
 }
 
+// Half of them have no place in the shared info page.
+TEST(XenFifoEvents, SixtyFourProcessorsTakeTheirOwnEventsOfBothKinds) {
+    constexpr u32 count = 64;
+    static_assert(count == max_processors);
+    std::vector<u32> ids(count);
+    for (u32 i = 1; i < count; ++i) {
+        ids[i] = count - i; // Xen's order is another one
+    }
+    for (const bool fifo : {false, true}) {
+        Several m(ids, false);
+        m.xen.console_answer = 0; // Xen itself
+        m.xen.offers_fifo = fifo;
+        Where kicked;
+        m.guest.take_kicks(Where::note, &kicked);
+        m.begin(count);
+        EXPECT_EQ(m.guest.events().fifo(), fifo);
+        // What Xen writes to: each a place of its own, within one page.
+        std::map<const std::byte*, u32> places;
+        for (const auto& cpu : m.xen.event_cpus) {
+            ASSERT_NE(cpu.info, nullptr);
+            EXPECT_TRUE(places.emplace(cpu.info, 64).second);
+            EXPECT_EQ(cpu.control != nullptr, fifo);
+            if (fifo) {
+                EXPECT_TRUE(places.emplace(cpu.control, 72).second);
+            }
+        }
+        const std::byte* end = nullptr;
+        for (const auto& [at, size] : places) {
+            EXPECT_GE(at, end);
+            end = at + size;
+            EXPECT_LE(m.xen.memory.physical_of(at) % 4096 + size, 4096u);
+        }
+        std::vector<Where> where(count);
+        std::vector<Where> timers(count);
+        std::vector<u32> timer_ports;
+        for (u32 i = 0; i < count; ++i) {
+            EXPECT_EQ(m.guest.events().vcpu(i), ids[i]);
+            EXPECT_EQ(*m.guest.events().bind(Port{300 + i}, Where::note, &where[i], i), i);
+            EXPECT_FALSE(m.guest.events().unmask(Port{300 + i}));
+            const auto timer = m.guest.events().bind_virq(0, Where::note, &timers[i], i);
+            ASSERT_TRUE(timer) << timer.error().message;
+            timer_ports.push_back(to_underlying(*timer));
+            EXPECT_EQ(m.xen.port_vcpu[timer_ports.back()], ids[i]);
+        }
+        for (u32 i = 0; i < count; ++i) {
+            m.xen.raise(300 + i);
+            m.xen.raise(timer_ports[i]);
+        }
+        while (m.xen.deliver()) {
+        }
+        for (u32 i = 0; i < count; ++i) {
+            EXPECT_EQ(where[i].processors, std::vector<u32>{i});
+            EXPECT_EQ(timers[i].processors, std::vector<u32>{i});
+            EXPECT_TRUE(m.guest.kick(i));
+            EXPECT_TRUE(m.xen.deliver());
+            EXPECT_EQ(std::exchange(kicked.processors, {}), std::vector<u32>{i});
+        }
+        EXPECT_EQ(m.guest.events().unexpected(), 0u);
+    }
+}
+
 TEST(XenFifoEvents, AMaskedPortKeepsItsEventForUnmask) {
     Fifo m;
     Where a;
