@@ -111,10 +111,15 @@ u32 Xen::vcpu_of(u32 cpu) {
     return started.value_or(cpu);
 }
 
+// Each processor's place has its number, but a virtual CPU whose place Xen knew before it started has one by its own
+// number. No two have the same: processors have at most the number of the virtual CPU that they were started as.
 Result<void> Xen::join_events(u32 cpu) {
-    const u64 offset = cpu * sizeof(SharedWithVcpu);
-    return events_.join(cpu, vcpu_of(cpu), with_vcpus_[cpu], with_vcpus_frame_ + offset / page_size,
-                        static_cast<u32>(offset % page_size));
+    const u32 vcpu = vcpu_of(cpu);
+    const bool prepared = vcpu < max_processors && (prepared_vcpus_ >> vcpu & 1) != 0;
+    const u32 place = prepared ? vcpu : cpu;
+    const u64 offset = place * sizeof(SharedWithVcpu);
+    return events_.join(cpu, vcpu, with_vcpus_[place], with_vcpus_frame_ + offset / page_size,
+                        static_cast<u32>(offset % page_size), prepared);
 }
 
 // Not an error for the processor, whose queues get their events on processor 0.
@@ -552,6 +557,13 @@ Result<void> Xen::start_processor(u32 index, const ProcessorStart& state) {
     context.cr3 = state.cr3;
     context.cr4 = state.cr4;
     context.efer = state.efer;
+    // Xen starts none that has no vcpu_info [xen-public vcpu.h VCPUOP_initialise; common/domain.c].
+    if (index >= vcpus_in_shared_info && index < max_processors && with_vcpus_ != nullptr) {
+        const u64 offset = index * sizeof(SharedWithVcpu);
+        CHECK(events_.prepare(index, with_vcpus_[index], with_vcpus_frame_ + offset / page_size,
+                              static_cast<u32>(offset % page_size)));
+        prepared_vcpus_ |= u64{1} << index;
+    }
     starting_ = index;
     return hypercalls_.start_vcpu(index, context);
 }

@@ -206,8 +206,10 @@ class Xen {
     u64 hypercall_page_ = 0; // physical; 0: the gate has none
     u64 shared_frame_ = 0;   // guest frame number of shared_
     xen::SharedInfo* shared_ = nullptr;
-    xen::SharedWithVcpu* with_vcpus_ = nullptr;                // max_processors of them
-    u64 with_vcpus_frame_ = 0;                                 // guest frame number of the first one
+    xen::SharedWithVcpu* with_vcpus_ = nullptr; // max_processors of them
+    u64 with_vcpus_frame_ = 0;                  // guest frame number of the first one
+    u64 prepared_vcpus_ = 0; // bits: virtual CPUs that have been given a place before they were started
+    static_assert(max_processors <= 64);
     u32 base_ = 0;                                             // of Xen's CPUID leaves
     std::array<Nanoseconds, max_processors> stolen_earlier_{}; // in the domains before this one
     std::optional<u32> starting_; // index of the virtual CPU that start_processor() has started last

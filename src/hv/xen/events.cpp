@@ -55,7 +55,15 @@ Result<void> Events::restart() {
     return start_fifo();
 }
 
-Result<void> Events::join(u32 processor, u32 vcpu, SharedWithVcpu& own, u64 frame, u32 offset) {
+Result<void> Events::prepare(u32 vcpu, SharedWithVcpu& own, u64 frame, u32 offset) {
+    CHECK(hypercalls_->register_vcpu_info(vcpu, frame, offset + offsetof(SharedWithVcpu, info)));
+    // Xen marks everything as pending there. No port is bound to it yet, and nobody takes the upcall before join().
+    std::atomic_ref<u64>(own.info.pending_selector).store(0, std::memory_order_relaxed);
+    std::atomic_ref<u8>(own.info.upcall_pending).store(0, std::memory_order_relaxed);
+    return {};
+}
+
+Result<void> Events::join(u32 processor, u32 vcpu, SharedWithVcpu& own, u64 frame, u32 offset, bool prepared) {
     Cpu& cpu = cpus_[processor];
     cpu.vcpu = vcpu;
     cpu.own = &own;
@@ -63,7 +71,8 @@ Result<void> Events::join(u32 processor, u32 vcpu, SharedWithVcpu& own, u64 fram
     cpu.offset = offset;
     // Before the hypercall, which marks everything as pending in the new place: the upcall may come at once.
     cpu.info.store(&own.info, std::memory_order_release);
-    auto joined = hypercalls_->register_vcpu_info(vcpu, frame, offset + offsetof(SharedWithVcpu, info));
+    auto joined = prepared ? Result<void>{}
+                           : hypercalls_->register_vcpu_info(vcpu, frame, offset + offsetof(SharedWithVcpu, info));
     if (!joined) {
         const bool has_place = vcpu < vcpus_in_shared_info;
         cpu.info.store(has_place ? &shared_->vcpu[vcpu] : nullptr, std::memory_order_release);

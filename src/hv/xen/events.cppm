@@ -64,11 +64,15 @@ class Events {
     /// In another domain, with its shared info page mapped, while nothing else runs: no port is open, each is masked.
     /// Processors that have joined take their upcalls from the shared info page, as far as it has a place for them.
     Result<void> restart();
+    /// On any processor, for a virtual CPU that is down and has no place in the shared info page: only with one of its
+    /// own does Xen start it. join() with the same place follows.
+    Result<void> prepare(u32 vcpu, SharedWithVcpu& own, u64 frame, u32 offset);
     /// On the processor itself, before its first upcall: takes the upcalls of virtual CPU `vcpu`. `own`: zeroed
     /// memory in guest frame `frame` at byte `offset`, for the rest of the machine's life. If Xen refuses it for the
     /// vcpu_info, the virtual CPU's place in the shared info page is used. Error{not_supported}: it has none, or Xen
     /// refuses the control block; ports are then not bound to this processor.
-    Result<void> join(u32 processor, u32 vcpu, SharedWithVcpu& own, u64 frame, u32 offset);
+    /// `prepared`: by prepare().
+    Result<void> join(u32 processor, u32 vcpu, SharedWithVcpu& own, u64 frame, u32 offset, bool prepared = false);
     /// On processor 0, which has joined, before the other ones and before any port is bound: FIFO event channels.
     /// `words`: a page in guest frame `frame`, for the rest of the machine's life. False: this Xen has none, and
     /// nothing changes. Error: Xen has switched, and refuses the page.

@@ -617,6 +617,59 @@ TEST(XenFifoEvents, SixtyFourProcessorsTakeTheirOwnEventsOfBothKinds) {
     }
 }
 
+// Xen starts a virtual CPU only if it has a vcpu_info.
+TEST(XenFifoEvents, SixtyFourProcessorsAreStartedByHypercalls) {
+    for (const bool fifo : {false, true}) {
+        std::vector<u32> ids;
+        for (u32 i = 0; i < max_processors; ++i) {
+            if (i != 20 && i != 40) { // these do not come: the numbers of those after them are lower
+                ids.push_back(i);
+            }
+        }
+        Several m(ids, false);
+        m.xen.offers_fifo = fifo;
+        ASSERT_TRUE(m.install() && m.start());
+        m.xen.vcpus.resize(max_processors);
+        m.xen.vcpus[0] = {.initialised = true, .up = true};
+        u32 running = 1;
+        for (u32 index = 1; index < max_processors; ++index) {
+            const auto started = m.guest.start_processor(index, {});
+            ASSERT_TRUE(started) << index << ": " << started.error().message;
+            if (index == 20 || index == 40) {
+                continue;
+            }
+            if (index >= 32) {
+                EXPECT_EQ(m.xen.upcall_pending(index), 0) << "an upcall before it has joined would never end";
+            }
+            const On on(running);
+            EXPECT_TRUE(m.guest.join(running, m.executor));
+            EXPECT_TRUE(m.guest.events().joined(running)) << index;
+            EXPECT_EQ(m.guest.events().vcpu(running), index);
+            ++running;
+        }
+        ASSERT_EQ(running, ids.size());
+        while (m.xen.deliver()) {
+        }
+        std::set<const std::byte*> places;
+        for (const u32 id : ids) {
+            EXPECT_TRUE(places.insert(m.xen.event_cpus[id].info).second) << id;
+            EXPECT_EQ(m.xen.event_cpus[id].control != nullptr, fifo) << id;
+        }
+        EXPECT_FALSE(places.contains(nullptr));
+        std::vector<Where> where(running);
+        for (u32 i = 0; i < running; ++i) {
+            EXPECT_EQ(*m.guest.events().bind(Port{300 + i}, Where::note, &where[i], i), i);
+            EXPECT_FALSE(m.guest.events().unmask(Port{300 + i}));
+            m.xen.raise(300 + i);
+        }
+        while (m.xen.deliver()) {
+        }
+        for (u32 i = 0; i < running; ++i) {
+            EXPECT_EQ(where[i].processors, std::vector<u32>{i});
+        }
+    }
+}
+
 TEST(XenFifoEvents, AMaskedPortKeepsItsEventForUnmask) {
     Fifo m;
     Where a;

@@ -225,7 +225,8 @@ class Xen {
         if (vcpu >= event_cpus.size()) {
             return -2;
         }
-        if (event_cpus[vcpu].processor != this_processor() || event_cpus[vcpu].info != nullptr ||
+        const bool is_down = vcpu < vcpus.size() && !vcpus[vcpu].up;
+        if ((event_cpus[vcpu].processor != this_processor() && !is_down) || event_cpus[vcpu].info != nullptr ||
             field<u32>(c, 8) > 4096 - 64 || field<u32>(c, 8) % 8 != 0) {
             return -22;
         }
@@ -264,6 +265,9 @@ class Xen {
         }
         switch (op) {
         case 0: { // initialise, in the order of Xen's checks
+            if (vcpu >= 32 && (vcpu >= event_cpus.size() || event_cpus[vcpu].info == nullptr)) {
+                return -22; // no vcpu_info
+            }
             if (vcpus[vcpu].initialised) {
                 return -17;
             }
