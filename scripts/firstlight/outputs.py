@@ -42,6 +42,11 @@ def first_and_last(lines: list[str]) -> list[str]:
     return without(lines, lambda line: line in steps[4:-1])
 
 
+def tables(lines: list[str]) -> list[str]:
+    """What scripts/bench prints after its last run."""
+    return lines[next((at for at, line in enumerate(lines) if line.startswith("platform ")), 0) :]
+
+
 def whole_suites(lines: list[str]) -> list[str]:
     """The table of scripts/test without the numerous rows: boots, single host tests and single tests of the scripts."""
     return without(lines, lambda line: re.match(r"\w+ +[\d.]+  (vm|host|asan|scripts)/|(vm|build)[: ]", line) is not None)
@@ -56,6 +61,9 @@ OUTPUTS = {
     "xen-emu": Output("scripts/bench --only xen-emu --yardstick", first_and_last, 3600),
     "hyperv": Output("scripts/bench --only hyperv --yardstick", first_and_last, 3600),
     "all": Output("scripts/bench --only all --yardstick --cost", first_and_last, 3600),
+    "starts": Output(
+        "scripts/bench --only all --disk xen,virtio,vscsi,nvme --yardstick --runs 5 --workload randread,qd=32,count=2000 --workload randwrite,qd=32,count=2000", tables, 7200
+    ),
     "microvm": Output("scripts/bench --only microvm --yardstick", first_and_last, 3600),
     "wait": Output(
         "scripts/bench --only all --disk xen,virtio,nvme --workload randread,count=1000 --workload randread,qd=32,count=1000 --wait interrupt,poll,adaptive", first_and_last, 3600
@@ -101,7 +109,7 @@ def arguments() -> Parser:
     parser = Parser(
         prog="scripts/outputs",
         description="Run the commands that docs/OUTPUT.md shows and put there what they print. A command that fails changes nothing.",
-        epilog="It takes as long as the commands do: scripts/bench five times, scripts/cost and scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
+        epilog="It takes as long as the commands do: scripts/bench six times, scripts/cost and scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--only", choices=tuple(OUTPUTS), action="append", default=[], help="only this output, several times (default: all)")
     parser.add_argument("--list", action="store_true", help="list the outputs and their commands")
