@@ -10,8 +10,8 @@
 // processor: all threads of a virtual machine below then share it.
 //
 // What runs between a VMRUN instruction and the instruction after it, where the host continues after #VMEXIT
-// [amd64-apm2 §15.5], is the guest's. So a Linux as the guest is told apart from the Linux below it,
-// which has the same addresses.
+// [amd64-apm2 §15.5], is counted for the guest. Addresses alone could not separate a Linux guest from the host's Linux:
+// both use the same ones.
 #include <inttypes.h>
 #include <stdbool.h>
 #include <stdint.h>
