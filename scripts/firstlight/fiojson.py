@@ -15,7 +15,7 @@ from pathlib import Path
 from . import paths
 from .problems import Exit, Problem
 
-PER_IO = ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations", "sleeps", "busy_ns")
+PER_IO = ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations", "sleeps")
 # slat: submission and completion are not measured separately, so clat equals lat. fio samples bandwidth and rate twice a second.
 NOT_MEASURED = ("slat_ns", "clat_ns apart from lat_ns", "bw_* and iops_* samples", "usr_cpu", "sys_cpu")
 
@@ -161,7 +161,7 @@ def job(result: dict, context: dict) -> dict:
             "runtime_ns": result["runtime_ns"],
             **{f"{what}_per_io": per_io(result, what) for what in PER_IO},
             "wait": wait,
-            "busy_share": result["busy_ns"] / max(1, result["runtime_ns"] * result.get("lanes", 1)),
+            **({"busy_ns_per_io": per_io(result, "busy_ns"), "busy_share": result["busy_ns"] / max(1, result["runtime_ns"] * result.get("lanes", 1))} if "busy_ns" in result else {}),
             **({"stolen_ns": result["stolen_ns"]} if "stolen_ns" in result else {}),
             "exits_per_io": per_io(result, "exits") if "exits" in result else None,
             "not_measured": list(NOT_MEASURED),

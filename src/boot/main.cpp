@@ -328,7 +328,8 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
     choose_timer(backend);
     start_executors(backend, executor, static_cast<u32>(options.cpus), options.timeout);
     for (io::Executor* each : executors()) {
-        each->set_wait(options.wait);
+        each->set_wait(options.wait.value_or(io::Wait::interrupt));
+        each->time_sleep(options.wait.has_value());
     }
     const Result<Outcome> outcome = executor.run(kernel_main(info, sightings, backend, executor));
     stop_executors();

@@ -348,7 +348,7 @@ constexpr std::array<Key, 27> keys{{
     {"cpus", false, any_job,
      [](Options& o, std::string_view v) { return number(o.cpus, v, 1, max_processors, "a number from 1 to 64"); }},
     {"timer", false, any_job, [](Options& o, std::string_view v) { return pick(o.timer, timer_names, v); }},
-    {"wait", false, any_job, [](Options& o, std::string_view v) { return pick(o.wait, io::wait_names, v); }},
+    {"wait", false, any_job, [](Options& o, std::string_view v) { return pick(o.wait.emplace(), io::wait_names, v); }},
     {"lanes", false, only(Job::bench),
      [](Options& o, std::string_view v) { return number(o.lanes, v, 1, max_processors, "a number from 1 to 64"); }},
     {"marks", false, only(Job::bench),

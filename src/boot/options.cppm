@@ -122,7 +122,7 @@ struct Options {
     u64 lanes = 1;             // bench: lanes to use on each disk
     u64 marks = 0;             // bench: I/O port written before and after each workload; 0: none
     TimerChoice timer = TimerChoice::automatic;
-    io::Wait wait = io::Wait::interrupt;
+    std::optional<io::Wait> wait; // unless given: interrupt, and sleep is not timed
     log::Level log = log::Level::info;
     Fault fault = Fault::panic;
     NetOptions net;

@@ -164,6 +164,10 @@ Instant spin(Executor& executor, Nanoseconds length) {
     return now;
 }
 
+std::optional<Nanoseconds> sum(std::optional<Nanoseconds> a, std::optional<Nanoseconds> b) {
+    return a && b ? std::optional(*a + *b) : std::nullopt;
+}
+
 u64 allocations(const BenchOptions& options) {
     return frame_pool().allocations() + (options.allocations != nullptr ? options.allocations() : 0);
 }
@@ -248,6 +252,7 @@ Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOpt
     thinktime_random_ = SplitMix64(w.seed);
     thinktime_ = 0;
     tell_stolen_ = options.stolen;
+    timed_turn_ = ~u64{0};
     stolen_.reset();
     first_error_.reset();
     read_.reset();
@@ -311,7 +316,16 @@ Instant Bench::think(Executor& executor, Instant now) {
     until_thinktime_ = Workload::thinktime_blocks;
     const Instant ended = spin(executor, thinktime_random_.below(workload_.thinktime + 1));
     thinktime_ += ended - now;
+    time_ = ended;
     return ended;
+}
+
+Instant Bench::time(const Executor& executor) {
+    if (const u64 turn = executor.turns(); turn != timed_turn_) {
+        timed_turn_ = turn;
+        time_ = executor.elapsed();
+    }
+    return time_;
 }
 
 Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
@@ -320,11 +334,11 @@ Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
     Op op = Op::read;
     u64 lba = 0;
     // One timestamp ends an I/O and begins the next one. All times of a report are elapsed time.
-    Instant begun = executor.elapsed();
+    Instant begun = bench.time(executor);
     while (bench.next(op, lba)) {
         BlockDevice::Transfer transfer(disk, op, lba, buffer);
         static_cast<void>(co_await transfer); // the result is in its status
-        const Instant now = executor.elapsed();
+        const Instant now = bench.time(executor);
         bench.ended(transfer, begun, now);
         begun = --bench.until_thinktime_ == 0 ? bench.think(executor, now) : now;
         if (transfer.buffer_lost) [[unlikely]] {
@@ -342,7 +356,9 @@ Bench::Slept Bench::slept(const Executor& executor, Instant begun) const {
 void Bench::count_sleep(const Executor& executor, const Slept& before) {
     ended_ = executor.elapsed();
     sleeps_ = executor.idles() - before.sleeps;
-    busy_ = ended_ - before.begun - (executor.slept() - before.slept) - thinktime_;
+    busy_ = executor.times_sleep()
+                ? std::optional(ended_ - before.begun - (executor.slept() - before.slept) - thinktime_)
+                : std::nullopt;
     const auto stolen = before.stolen ? tell_stolen_() : std::nullopt;
     // What the host tells need not grow.
     stolen_ = stolen ? std::optional(*stolen > *before.stolen ? *stolen - *before.stolen : 0) : std::nullopt;
@@ -511,6 +527,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
         report.allocations = allocations(options) - start.allocations;
         Instant ended = start.begun;
         report.stolen_ns = 0;
+        report.busy_ns = 0;
         for (Bench* bench : runners) {
             if (bench->ended_ > ended) {
                 ended = bench->ended_;
@@ -518,9 +535,8 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
             }
             report.errors += bench->errors_ + bench->left_;
             report.sleeps += bench->sleeps_;
-            report.busy_ns += bench->busy_;
-            report.stolen_ns =
-                report.stolen_ns && bench->stolen_ ? std::optional(*report.stolen_ns + *bench->stolen_) : std::nullopt;
+            report.busy_ns = sum(report.busy_ns, bench->busy_);
+            report.stolen_ns = sum(report.stolen_ns, bench->stolen_);
             if (!report.first_error) {
                 report.first_error = bench->first_error_;
             }
@@ -609,7 +625,10 @@ void print_record(const BlockDevice& disk, const BenchReport& report, bool clock
     if (const Wait wait = disk.executor().wait(); wait != Wait::interrupt) {
         record.text("wait", name(wait));
     }
-    record.number("sleeps", report.sleeps).number("busy_ns", report.busy_ns);
+    record.number("sleeps", report.sleeps);
+    if (report.busy_ns) {
+        record.number("busy_ns", *report.busy_ns);
+    }
     if (report.stolen_ns) {
         record.number("stolen_ns", *report.stolen_ns);
     }

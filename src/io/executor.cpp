@@ -221,11 +221,16 @@ void Executor::cancel(Timer& timer) {
 
 void Executor::step() {
     ++turns_;
-    const Instant begun = elapsed();
-    turn_time_ = clock_.read(begun);
-    if (asleep_since_ != 0) { // one reading of the clock ends the sleep and begins the turn
-        slept_ += begun - std::exchange(asleep_since_, 0);
-        woken_ = turns_;
+    // Where the host emulates the counter each reading is an exit: a turn for what the one before has made ready has
+    // the time of that one.
+    if (!std::exchange(keep_time_, false)) {
+        const Instant begun = elapsed();
+        turn_time_ = clock_.read(begun);
+        if (std::exchange(asleep_, false)) { // one reading of the clock ends the sleep and begins the turn
+            slept_ += times_sleep_ ? begun - asleep_since_ : 0;
+            woken_ = turns_;
+        }
+        time_read_ = turns_;
     }
     // Clear the flag, then check everything: a later raise or post is either seen below or prevents the sleep.
     if (mailbox_.clear()) {
@@ -263,23 +268,23 @@ void Executor::step() {
     }
 
     if (tick_due || !timers_.empty()) {
-        const Instant time = now();
         if (resumed_at() != renewed_at_) [[unlikely]] {
             renew_bounds();
         }
-        while (!timers_.empty() && timers_.first()->due <= time) {
+        while (!timers_.empty() && timers_.first()->due <= turn_time_) {
             Timer& timer = *timers_.first();
             cancel(timer);
             make_ready(timer);
         }
         if (tick_due) {
-            run_ticks(time);
+            run_ticks(turn_time_);
         }
     }
     if (checks_enabled && platform_.turn_budget != 0) {
         check(now() - turn_time_ <= platform_.turn_budget, "a turn ends within its budget of time");
     }
     if (!ready_.empty() || touched_ != nullptr) {
+        keep_time_ = time_read_ == turns_;
         return;
     }
 
@@ -303,7 +308,10 @@ void Executor::step() {
     }
     until = clock_.elapsed(until);
     clock_.rest_until(until);
-    asleep_since_ = elapsed();
+    asleep_ = true;
+    if (times_sleep_) [[unlikely]] {
+        asleep_since_ = elapsed();
+    }
     if (platform_.kick == nullptr) {
         platform_.idle(platform_.context, until, mailbox_.wake_flag());
     } else {

@@ -268,7 +268,7 @@ class Executor {
     /// Machine time [core.time] of this executor's processor. Not comparable between processors: pass durations, not
     /// instants. Bounds, timers, sleeps and ticks use it.
     inline Instant now() { return clock_.read(platform_.now(platform_.context)); }
-    /// Machine time at the beginning of this turn; cheap.
+    /// Machine time at the beginning of this turn, or of the one before if that one left coroutines ready; cheap.
     inline Instant turn_time() const { return turn_time_; }
     /// Elapsed time, including time during which the machine was stopped: for measurements. Callable from any
     /// processor, and comparable between processors.
@@ -352,6 +352,9 @@ class Executor {
     u64 idles() const { return idles_; }
     /// Number of turns that ended in polling instead of sleep.
     u64 polls() const { return polls_; }
+    /// True: slept() counts from now on, which takes one more reading of the clock for each sleep. Default: false.
+    void time_sleep(bool on) { times_sleep_ = on; }
+    bool times_sleep() const { return times_sleep_; }
     /// Elapsed time that the processor has slept, in the turns before this one.
     Nanoseconds slept() const { return slept_; }
 
@@ -432,8 +435,12 @@ class Executor {
     u64 idles_ = 0;
     u64 polls_ = 0;
     Nanoseconds slept_ = 0;
-    Instant asleep_since_ = 0; // elapsed time; 0: the previous turn did not sleep
+    Instant asleep_since_ = 0; // elapsed time; valid with times_sleep_
     u64 woken_ = 0;            // the last turn that followed a sleep
+    u64 time_read_ = 0;        // the last turn that read the clock at its beginning
+    bool keep_time_ = false;   // the next turn does not
+    bool asleep_ = false;      // the previous turn ended in a sleep
+    bool times_sleep_ = false;
     std::atomic<Wait> wait_{Wait::interrupt};
     Instant poll_until_ = 0; // Wait::adaptive
     Post* posts_ = nullptr;  // taken from the mailbox but not yet run, oldest first

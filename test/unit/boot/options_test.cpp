@@ -113,7 +113,8 @@ TEST(Options, Processors) {
     EXPECT_EQ(parse("").options.timer, boot::TimerChoice::automatic);
     EXPECT_EQ(parse("timer=hypervisor").options.timer, boot::TimerChoice::hypervisor);
     EXPECT_FALSE(parse("timer=pit").errors.empty());
-    EXPECT_EQ(parse("").options.wait, io::Wait::interrupt);
+    EXPECT_EQ(parse("").options.wait, std::nullopt) << "sleep is not timed";
+    EXPECT_EQ(parse("wait=interrupt").options.wait, io::Wait::interrupt);
     EXPECT_EQ(parse("wait=poll").options.wait, io::Wait::poll);
     EXPECT_EQ(parse("wait=adaptive").options.wait, io::Wait::adaptive);
     EXPECT_FALSE(parse("wait=spin").errors.empty());

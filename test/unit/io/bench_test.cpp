@@ -347,7 +347,23 @@ TEST_F(BenchTest, ThinkTimeIsDrawnFromTheSeedAndNotCounted) {
     EXPECT_TRUE(log.has("\"mix\":70,\"startdelay\":0,\"thinktime\":50000,\"thinktime_ns\":"));
 }
 
+// Where the host emulates the counter a reading is an exit: one for all that a turn has completed, and one when a sleep
+// ends; a turn for what the one before has made ready has that one's time.
+TEST_F(BenchTest, ReadsTheClockOnceForEverythingThatEndsTogether) {
+    u64 before = machine.readings;
+    ASSERT_TRUE(run("randread,qd=32,count=3200")); // the disk answers at once
+    EXPECT_LE(machine.readings - before, 2 * 3200 / 32 + 10);
+    disk.behaviour.each = 1'000'000; // found by the next tick
+    before = machine.readings;
+    const auto asleep = run("randread,qd=1,count=100");
+    ASSERT_TRUE(asleep);
+    EXPECT_GE(asleep->sleeps, 100u);
+    EXPECT_LE(machine.readings - before, 2 * asleep->sleeps + 10);
+}
+
 TEST_F(BenchTest, TimeAsleepIsNotBusy) {
+    EXPECT_FALSE(run("randread,qd=1,count=1")->busy_ns) << "it takes readings of the clock, and is counted on request";
+    executor.time_sleep(true);
     const auto awake = run("randread,qd=4,count=100,thinktime=50000"); // the disk answers at once
     ASSERT_TRUE(awake);
     EXPECT_EQ(awake->sleeps, 0u);
@@ -414,7 +430,7 @@ TEST_F(BenchTest, RecordHasEveryField) {
                               "\"notifications\":",
                               "\"interrupts\":0",
                               "\"allocations\":0",
-                              "\"lanes\":1,\"sleeps\":0,\"busy_ns\":",
+                              "\"lanes\":1,\"sleeps\":0,\"read\"",
                               "\"read\":{\"ios\":10,\"bytes\":40960,\"lat_ns\":{\"min\":",
                               "\"N\":10",
                               "\"percentile\":{\"1.000000\":",

@@ -179,6 +179,9 @@ struct LanesBench : Lanes {
 };
 
 TEST_F(LanesBench, SharesTheWorkOut) {
+    for (Executor* each : {&home, &disk.lane(1).executor(), &disk.lane(2).executor()}) {
+        each->time_sleep(true);
+    }
     const auto report = run("randread,qd=4,count=1000", 3);
     ASSERT_TRUE(report);
     EXPECT_EQ(report->lanes, 3u);

@@ -21,6 +21,7 @@ struct StartedTask {
 struct FakeMachine {
     fl::Instant time = 1000;
     fl::Nanoseconds step = 10; // time per clock reading
+    fl::u64 readings = 0;         // of the clock
     fl::u64 idles = 0;
     fl::Instant until = 0; // the deadline of the last idle call
     /// An unbounded sleep ends with a spurious interrupt after this time.
@@ -32,6 +33,7 @@ struct FakeMachine {
         return {this,
                 [](void* c) {
                     auto& m = *static_cast<FakeMachine*>(c);
+                    ++m.readings;
                     return m.time += m.step;
                 },
                 [](void* c, fl::Instant until, const std::atomic<bool>& wake) {
