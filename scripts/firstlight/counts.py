@@ -90,8 +90,8 @@ class Symbols:
 
 
 def short_name(name: str) -> str:
-    """Without modules, template arguments and the outer namespaces."""
-    name = re.sub(r"@[\w.]+|\[abi:\w+\]|\(anonymous namespace\)::|__1::|\bfl::", "", name)
+    """Without modules, template arguments, the outer namespaces, and what link-time optimisation adds."""
+    name = re.sub(r" \(\.llvm\.\d+\)|@[\w.]+|\[abi:\w+\]|\(anonymous namespace\)::|__1::|\bfl::", "", name)
     name = re.sub(r"operator(<=>|<<|>>|<|>|->)", lambda match: "operator" + match[1].translate({60: 1, 62: 2}), name)
     while (shorter := re.sub(r"<[^<>]*>", "", name)) != name:
         name = shorter

@@ -1,6 +1,7 @@
 #!/bin/sh
 # link.sh OUT SCRIPT OBJECTS...: links the image twice (the second time with its own symbol table, for backtraces),
-# strips it and checks the properties that the kernel relies on.
+# strips it and checks the properties that the kernel relies on. The code of the C++ units is made by the first link; the
+# second, and those of later builds, find what has not changed in a cache.
 set -eu
 out=$1
 script=$2
@@ -9,7 +10,8 @@ work=$out/link
 mkdir -p "$work"
 
 link() {
-    ld.lld-19 -nostdlib -static --gc-sections --icf=all -z max-page-size=4096 -z noexecstack -T "$script" "$@"
+    ld.lld-19 -nostdlib -static --gc-sections --icf=all -z max-page-size=4096 -z noexecstack --lto-O2 -mllvm -code-model=kernel \
+        --thinlto-cache-dir="$work/cache" --thinlto-cache-policy=prune_after=24h:cache_size_bytes=200m -T "$script" "$@"
 }
 
 fail() {
@@ -27,6 +29,7 @@ make_table() {
         sub(/^[^ ]+ [^ ]+ /, "", name)
         gsub(/@[A-Za-z0-9_.]+/, "", name)       # the module of the name
         gsub(/\[abi:[a-z0-9]+\]/, "", name)
+        gsub(/ ?\(?\.llvm\.[0-9]+\)?/, "", name)  # local to a unit, and used by code that was inlined elsewhere
         gsub(/std::__1::/, "std::", name)       # the version namespace of libc++
         gsub(/\(anonymous namespace\)/, "{}", name)
         # Remove what a backtrace does not need: template arguments, parameters, and the return type that only

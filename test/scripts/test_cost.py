@@ -31,7 +31,7 @@ guest 5
 LISTING = """ffffffff80000000 T fl::io::Ring@io.ring<int, fl::Map<u32>>::add(std::__1::span<int>)
 ffffffff80000008 d fl::data
 ffffffff80000010 t fl::boot::(anonymous namespace)::mark_phase(unsigned int)
-ffffffff80000020 T fl::operator<=>(int, int)
+ffffffff80000020 T fl::operator<=>(int, int) (.llvm.4234803394322806550)
 """
 RESULT = {"driver": "storvsc", "errors": 0, "runtime_ns": 320}
 WORKLOAD = Workload("randread", "4k", 32, 10)
