@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import re
@@ -99,6 +100,10 @@ AIO = ("threads", "native", "io_uring")
 CACHES = ("writeback", "none", "writethrough", "directsync", "unsafe")
 DIRECT_CACHES = ("none", "directsync")  # O_DIRECT, without which aio=native is refused
 TEST_HOST = "firstlight-testhost"
+# Who reads and writes the test host's VMBus disks; the first answers within the guest's exit, the others later.
+IOS = ("inline", "thread", "uring")
+LATENCY_UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+MOST_LATENCY = 10_000_000_000  # nanoseconds
 IDE_PLACES = 4
 LOADER_BYTES = 8 << 20  # at least, for a disk with the loader
 SATA_PORTS = 6  # of QEMU's ich9-ahci
@@ -133,6 +138,30 @@ def parse_size(text: str) -> int:
     if not match or int(match[1]) == 0:
         raise Problem(f"{text!r} is not a size: a number with the suffix k, m or g was expected.", Exit.USAGE)
     return int(match[1]) * SIZES[match[2]]
+
+
+def latency_bounds(text: str) -> tuple[int, int] | None:
+    """`100us`, `exp:100us` (the mean) or `uniform:50us..150us`: the lowest and the highest value in it, in nanoseconds. None: it is no such text."""
+    time = r"([1-9]\d{0,10})(ns|us|ms|s)"
+    match = re.fullmatch(f"(?:exp:)?{time}|uniform:{time}\\.\\.{time}", text)
+    found = [int(number) * LATENCY_UNITS[unit] for number, unit in zip(match.groups()[::2], match.groups()[1::2]) if number] if match else []
+    return (found[0], found[-1]) if found and found[0] <= found[-1] <= MOST_LATENCY else None
+
+
+def parse_latency(text: str) -> str:
+    """The type of --latency."""
+    if not latency_bounds(text):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, a time as in 100us, exp:100us (drawn, the mean) or uniform:50us..150us, in ns, us, ms or s, from 1 ns to 10 s, was expected")
+    return text
+
+
+def demand_io(io: str, latency: str) -> None:
+    if io not in ("", *IOS):
+        raise Problem(f"io={io}: one of {', '.join(IOS)} was expected.", Exit.USAGE)
+    if latency and not latency_bounds(latency):
+        raise Problem(f"latency={latency}: a time as in 100us, exp:100us or uniform:50us..150us was expected, from 1 ns to 10 s.", Exit.USAGE)
+    if latency and io not in IOS[1:]:
+        raise Problem(f"--latency {latency}: --io {' or --io '.join(IOS[1:])} was expected, not {io or IOS[0]}, which would keep the guest's processor in its exit for so long.", Exit.USAGE)
 
 
 # The options of a disk: which values each has, and which disks have it.
@@ -290,6 +319,8 @@ class Machine:
     restarts: bool = False  # a reset restarts the machine (QEMU without -no-reboot)
     marker: Path | None = None  # Linux's program that marks begin and end of counted workloads
     linux: str = ""  # script run by the lab's Linux as the guest, instead of our kernel
+    io: str = ""  # test host: one of IOS; empty: its default, the first
+    latency: str = ""  # test host: what a VMBus disk takes for a request, with an I/O thread
     blkback: Sequence[str] = ()  # real Xen: parameters of the module that serves the disks
     xen: str = ""  # real Xen: further words of Xen's command line
     xen_version: str = ""  # real Xen: as in the packages' names; empty: the distribution's own
@@ -395,6 +426,9 @@ class Machine:
             if disk.image and sum(other.image == disk.image for other in self.specs) == 1:
                 raise Problem(f"image={disk.image}: several disks that name it are one image, and only one disk names it. Leave it out, or give it to another disk.", Exit.USAGE)
 
+        demand_io(self.io, self.latency)
+        if self.io and not kind.test_host:
+            raise Problem(f"--io {self.io} is for the test host's disks, of the platform hyperv, not for {self.platform}.", Exit.USAGE)
         if (self.blkback or self.xen or self.xen_version or self.xl) and not kind.domain:
             raise Problem(f"Parameters of blkback, words for Xen, its version and lines for xl belong to the platforms of the real Xen, not to {self.platform}.", Exit.USAGE)
         if self.xen_version:
@@ -521,6 +555,7 @@ class Machine:
         if self.map:
             files["map.txt"] = self.map
             words += ["--module", "{file:map.txt}"]
+        words += [*(["--io", self.io] if self.io else []), *(["--latency", self.latency] if self.latency else [])]
         disks: dict[str, Disk] = {}
         for disk, name in zip(self.specs, self.disk_names()):
             image = self.add_image(disks, disk, name)

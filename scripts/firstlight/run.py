@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from . import build, debugger, lab, launch, nested, options, paths, records, setup, vmm, xenguest
-from .machine import BUSES, MACHINES, PLATFORMS, Machine, Platform
+from .machine import BUSES, IOS, MACHINES, PLATFORMS, Machine, Platform, parse_latency
 from .options import Conflict
 from .problems import EXIT_HELP, Exit, Problem
 
@@ -39,6 +39,8 @@ def arguments() -> options.Parser:
     parser.add_argument("--net", action="append", default=[], metavar="CARD", help="a network card, several times: BUS[,OPTION…], as in xen or e1000; the options are those of QEMU's -netdev user")
     parser.add_argument("--cpus", type=options.whole(1, MOST_CPUS), default=1, metavar="N", help="virtual processors")
     parser.add_argument("--memory", type=options.whole(4, MOST_MEMORY), default=256, metavar="MIB", help="memory of the guest in MiB")
+    parser.add_argument("--io", choices=IOS, help=f"hyperv: who reads and writes the VMBus disks: inline, the processor in its exit; thread, an I/O thread, one request after the other; uring, the thread by io_uring (default: {IOS[0]})")
+    parser.add_argument("--latency", type=parse_latency, metavar="TIME", help="hyperv with --io thread or uring: what a VMBus disk takes for a request at least: 100us, exp:100us (drawn, the mean) or uniform:50us..150us")
     parser.add_argument("--blkback", type=options.listed, default=(), metavar="NAME=NUMBER,…", help="xen-pvh, xen-hvm: parameters of the module that serves the disks, as feature_persistent=0")
     parser.add_argument("--xen", type=options.one_line, default="", metavar="WORDS", help="xen-pvh, xen-hvm: more words of Xen's command line, as guest_loglvl=all")
     parser.add_argument("--xen-version", type=options.one_line, default="", metavar="VERSION", help="xen-pvh, xen-hvm: 4.17 (Debian 12) or 4.20 (Debian 13) (default: the distribution's own)")
@@ -103,6 +105,7 @@ CONFLICTS = (
     Conflict(("kernel", "no_build"), "nothing is built where the kernel is named: leave out --no-build", lambda o: not kind_of(o).test_host),
     Conflict(("efi", "no_build"), "nothing is built where the application is named: leave out --no-build"),
     *(Conflict((name,), "is for the platforms xen-pvh, xen-hvm and xen-hvm-uefi", lambda o: not kind_of(o).domain) for name in ("blkback", "xen", "xen_version", "xl")),
+    *(Conflict((name,), "is for the test host's disks: add --platform hyperv", lambda o: not kind_of(o).test_host) for name in ("io", "latency")),
     Conflict(("gdb_port",), "says where --gdb waits: use it with --gdb", lambda o: not o.gdb),
     Conflict(("gdb", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
     Conflict(("console", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
@@ -133,7 +136,7 @@ def main(words: list[str]) -> Exit:
         blkback=chosen.blkback, xen=chosen.xen, xen_version=chosen.xen_version, xl=chosen.xl, nets=chosen.net,
         kernel=chosen.kernel or paths.KERNEL, efi=chosen.efi or paths.EFI,
         extra=[*(word for words in chosen.qemu_arg for word in words), *(["-d", "int,cpu_reset,guest_errors", "-D", str(log_file)] if chosen.trace_interrupts else [])],
-        qemu=qemu, vmm=other,
+        qemu=qemu, vmm=other, io=chosen.io or "", latency=chosen.latency or "",
     )  # fmt: skip
     image = machine.kernel if machine.boot == "pvh" else machine.efi
     needed = [image] if chosen.no_build or chosen.kernel or chosen.efi else []

@@ -118,6 +118,8 @@ class Case:
     plain: bool = False  # QEMU's own defaults, as a newcomer calls it: no machine, processor, memory or debug exit device is given
     status: int | None = None  # required exit status of QEMU, if it ends
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host, or of QEMU
+    io: str = ""  # hyperv: machine.IOS, who reads and writes the VMBus disks
+    latency: str = ""  # hyperv, with io: what such a disk takes for a request
     blkback: list[str] = dataclasses.field(default_factory=list)  # xen-pvh, xen-hvm: parameters of the module xen-blkback
     xen_version: str = ""  # xen-pvh, xen-hvm: of the Xen lab; empty: the distribution's own
     xl: list[str] = dataclasses.field(default_factory=list)  # xen-pvh, xen-hvm: further lines of the guest's configuration
@@ -130,7 +132,7 @@ class Case:
         machine = Machine(
             self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline + (" " + "x" * self.cmdline_more if self.cmdline_more else ""),
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
-            linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
+            linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host, io=self.io, latency=self.latency,
             esp=self.esp, pauses=self.pause, blkback=self.blkback, xen_version=self.xen_version, xl=self.xl,
             exit_port=self.exit_port, restarts=self.restarts, plain=self.plain, actions=self.actions, nets=self.nets, dom0=self.dom0,
         )  # fmt: skip

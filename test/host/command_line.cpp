@@ -138,6 +138,14 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_option("--timeout", options.timeout, "SECONDS: give up");
     app.add_option("--log", options.log, "FILE for the host's own lines (standard output)");
     app.add_flag("--verbose", options.verbose, "a line for every VMBus message");
+    app.add_option("--io", options.io,
+                   "who reads and writes the VMBus's disks: inline, the processor in its exit; thread, the I/O thread, "
+                   "one request after the other; uring, the I/O thread by io_uring")
+        ->check(CLI::IsMember({"inline", "thread", "uring"}));
+    app.add_option("--latency", options.latency,
+                   "what a VMBus's disk takes for a request at least: a time as 100us, exp:100us (drawn, the mean) or "
+                   "uniform:50us..150us; with --io thread or uring");
+    app.add_option("--latency-seed", options.latency_seed, "of what is drawn");
     app.add_flag("--eventfd", options.eventfd, "serve signals in the I/O thread instead of in the processor's exit");
     app.add_option("--hyperv-base", options.hyperv_base,
                    "where Hyper-V's CPUID leaves begin; elsewhere than 0x40000000 a foreign name is first");

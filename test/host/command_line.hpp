@@ -49,6 +49,9 @@ struct Options {
     double timeout = 0;
     std::string log; // a file, or empty: standard output
     bool verbose = false;
+    std::string io = "inline"; // inline, thread, uring
+    std::string latency;       // of the VMBus's disks, as in 100us; empty: none
+    std::uint64_t latency_seed = 1;
     bool eventfd = false; // signals go to the I/O thread by eventfd instead of being handled in the processor's exit
     std::string hyperv_base = "0x40000000";
     bool no_hyperv = false;

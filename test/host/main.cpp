@@ -6,19 +6,23 @@
 #include <cstdlib>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 import host.std;
 import core.result;
 import host.faults;
+import host.latency;
 import host.services;
 import host.storvsp;
+import host.transfers;
 import host.vmbus;
 import vmm.acpi;
 import vmm.bus;
 import vmm.image;
 import vmm.loader;
 import vmm.machine;
+import vmm.media;
 
 namespace fl::vmm {
 namespace {
@@ -107,14 +111,56 @@ host::ServerConfig server_config(const Options& options) {
     return config;
 }
 
+/// What makes the host answer later (--io, --latency); empty for `inline`.
+struct Later {
+    std::unique_ptr<host::Medium> medium;
+    std::unique_ptr<host::Transfers> transfers;
+    std::optional<host::Latency> latency;
+    int ended = -1; // readable when a transfer has ended
+};
+
+Later later_of(const Options& options) {
+    Later later;
+    if (!options.latency.empty()) {
+        std::string wrong;
+        later.latency = host::Latency::parse(options.latency, options.latency_seed, wrong);
+        if (!later.latency) {
+            give_up(ExitCode::usage, "--latency: " + wrong, Error{Code::bad_argument, ""});
+        }
+        if (options.io == "inline") {
+            give_up(ExitCode::usage, "--latency " + options.latency + ": ",
+                    Error{Code::bad_argument,
+                          "--io thread or --io uring was expected, not inline, which would keep the "
+                          "guest's processor in its exit so long"});
+        }
+    }
+    if (options.io == "uring") {
+        auto made = UringMedium::create();
+        if (!made) {
+            give_up(made.error().code == Code::not_supported ? ExitCode::missing : ExitCode::host,
+                    "--io uring: ", made.error());
+        }
+        later.ended = (*made)->descriptor();
+        later.medium = *std::move(made);
+    } else if (options.io == "thread") {
+        later.medium = std::make_unique<BlockingMedium>();
+    }
+    if (later.medium) {
+        later.transfers = std::make_unique<host::Transfers>(*later.medium);
+    }
+    return later;
+}
+
 /// Adds all disks to the bus. The last SCSI disk, or its controller, is the one that is hot-added or removed: if it is
 /// to be added later, it is omitted here.
-HotplugDisk add_disks(Bus& bus, Images& images, const Options& options) {
+HotplugDisk add_disks(Bus& bus, Images& images, const Options& options, Later& later) {
     const bool added_later = options.hot_add > 0 || !options.add_marker.empty();
     const bool controller_added_later = options.hot_controller > 0 || !options.controller_marker.empty();
     host::StorageConfig config;
     config.sub_channels = static_cast<u16>(options.sub_channels);
     config.maximum_transfer = options.transfer;
+    config.transfers = later.transfers.get();
+    config.latency = later.latency ? &*later.latency : nullptr;
     if (!options.storage_versions.empty()) {
         config.versions.clear();
         std::ranges::transform(options.storage_versions, std::back_inserter(config.versions), storage_version_of);
@@ -256,8 +302,18 @@ class Schedule {
     std::array<Step, 5> steps_;
 };
 
+constexpr u32 end_seconds = 15; // more than the drain's own limit
+constexpr u64 drain_limit = 10'000'000'000;
+
+/// Waits, within a bound, for the transfers that the guest's end has left.
+void drain(Machine& machine, Later& later) {
+    if (!later.transfers->drain([](const host::Transfer&) { return true; }, drain_limit)) {
+        machine.print_line("the end: " + std::to_string(later.transfers->in_flight()) + " transfers have not ended");
+    }
+}
+
 /// The I/O thread: handles everything not done in a processor's exit. Never returns.
-[[noreturn]] void serve(Machine& machine, Bus& bus, Schedule& schedule, const Options& options) {
+[[noreturn]] void serve(Machine& machine, Bus& bus, Schedule& schedule, const Options& options, Later& later) {
     // A deadline set in a processor's exit is noticed in the next turn; with a rate-limited disk that must be soon.
     const bool limited = std::ranges::any_of(options.disks, [](const DiskOption& disk) { return disk.iops != 0; });
     const u64 console_interval = limited ? 1'000'000 : 100'000'000;
@@ -270,22 +326,59 @@ class Schedule {
     };
     watch(bus.acknowledged());
     watch(schedule.wake());
-    if (options.eventfd) {
+    const bool signals = options.eventfd || later.medium;
+    if (signals) {
         watch(bus.signals());
+    }
+    // A timer of its own: the wait's time-out is in milliseconds.
+    const int timer = later.medium ? timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK) : -1;
+    u64 armed = ~u64{0};
+    if (later.medium) {
+        watch(bus.woken());
+        watch(timer);
+    }
+    if (later.ended >= 0) {
+        watch(later.ended);
     }
     if (options.console) {
         watch(STDIN_FILENO);
     }
     for (;;) {
         const u64 now = machine.now();
-        const u64 next = std::min({end, bus.deadline(), schedule.deadline(), now + console_interval});
+        const u64 due = bus.deadline();
+        if (later.medium && due != armed) {
+            armed = due;
+            itimerspec time{};
+            if (due != ~u64{0}) { // 0 would stop it
+                const u64 at = std::max(due, u64{1});
+                time.it_value = {static_cast<time_t>(at / 1'000'000'000), static_cast<long>(at % 1'000'000'000)};
+            }
+            timerfd_settime(timer, TFD_TIMER_ABSTIME, &time, nullptr);
+        }
+        const u64 next = std::min({end, later.medium ? end : due, schedule.deadline(), now + console_interval});
         epoll_event event{};
         const int count =
             epoll_wait(poller, &event, 1, next <= now ? 0 : static_cast<int>((next - now) / 1'000'000 + 1));
         if (count == 1 && event.data.fd == bus.acknowledged()) {
             bus.on_acknowledged();
-        } else if (count == 1 && options.eventfd && event.data.fd == bus.signals()) {
+        } else if (count == 1 && signals && event.data.fd == bus.signals()) {
             bus.on_signals();
+        } else if (count == 1 && later.medium && event.data.fd == bus.woken()) {
+            bus.on_woken();
+            if (bus.ending()) {
+                drain(machine, later);
+                bus.ended();
+                for (;;) {
+                    pause(); // the processor's thread ends the process
+                }
+            }
+        } else if (count == 1 && later.medium && event.data.fd == timer) {
+            armed = ~u64{0};
+            u64 expired = 0;
+            [[maybe_unused]] const auto consumed = read(timer, &expired, sizeof(expired));
+            bus.serve(machine.now());
+        } else if (count == 1 && later.ended >= 0 && event.data.fd == later.ended) {
+            bus.with_server([&] { later.transfers->submit(); });
         } else if (count == 1 && options.console && event.data.fd == STDIN_FILENO) {
             char byte = 0;
             if (read(STDIN_FILENO, &byte, 1) != 1) {
@@ -295,13 +388,13 @@ class Schedule {
                 machine.serial().receive(byte);
             }
         } else {
-            const u64 later = machine.now();
-            schedule.run_due(later);
-            if (later >= end) {
+            const u64 time_now = machine.now();
+            schedule.run_due(time_now);
+            if (time_now >= end) {
                 machine.finish(ExitCode::timeout, "time-out");
             }
-            if (later >= bus.deadline()) {
-                bus.serve(later);
+            if (time_now >= bus.deadline()) {
+                bus.serve(time_now);
             }
             machine.flush_console();
         }
@@ -322,6 +415,7 @@ int run(int count, char** words) {
         }
         return 0;
     }
+    Later later = later_of(options);
     MachineConfig config;
     config.processors = options.processors;
     config.memory = u64{options.memory_mebibytes} << 20;
@@ -347,8 +441,11 @@ int run(int count, char** words) {
         std::fflush(log);
     };
     Images images;
-    Bus bus(machine, server_config(options), line, options.eventfd);
-    HotplugDisk hotplug = add_disks(bus, images, options);
+    Bus bus(machine, server_config(options), line,
+            later.medium      ? Bus::Serving::thread
+            : options.eventfd ? Bus::Serving::exits_eventfd
+                              : Bus::Serving::exits);
+    HotplugDisk hotplug = add_disks(bus, images, options, later);
     std::vector<Image*> emulated;
     for (const std::string& file : options.ide) {
         emulated.push_back(&images.open(file, false));
@@ -364,8 +461,18 @@ int run(int count, char** words) {
     load(machine, options);
     bus.connect();
     Schedule schedule(machine, bus, options, std::move(hotplug), shutdown);
+    if (later.medium) {
+        const auto thread = std::this_thread::get_id();
+        machine.set_ending([&machine, &bus, &later, thread] {
+            if (std::this_thread::get_id() == thread) {
+                drain(machine, later);
+            } else if (!bus.end(end_seconds)) {
+                machine.print_line("the end: the I/O thread has not ended its work");
+            }
+        });
+    }
     machine.start();
-    serve(machine, bus, schedule, options);
+    serve(machine, bus, schedule, options, later);
 }
 
 } // namespace fl::vmm

@@ -140,6 +140,8 @@ class Bus {
     virtual void rescind(Device& device) = 0;
     /// Calls serve() for the device's open channels in this turn or the next.
     virtual void kick(Device& device) = 0;
+    /// The same for one open channel.
+    virtual void kick(Channel& channel) = 0;
 };
 
 class Channel {

@@ -139,6 +139,7 @@ struct Counters {
     u64 errors = 0; // SRBs that did not end with success
     u64 bytes_read = 0;
     u64 bytes_written = 0;
+    u64 later = 0;      // SRBs whose answer did not come in the turn that took them
     u64 heartbeats = 0; // answered by the guest
     u64 faults = 0;     // injected
     u64 violations = 0; // protocol violations by the guest
@@ -155,7 +156,7 @@ struct Counters {
             f("flushes", flushes);
         f("unmaps", unmaps), f("others", others), f("errors", errors), f("bytes_read", bytes_read),
             f("bytes_written", bytes_written);
-        f("heartbeats", heartbeats), f("faults", faults), f("violations", violations);
+        f("later", later), f("heartbeats", heartbeats), f("faults", faults), f("violations", violations);
     }
 };
 

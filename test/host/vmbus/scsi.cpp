@@ -111,7 +111,7 @@ ScsiResult report_luns(std::span<const u8> luns, DataBuffer& data) {
     return answer(bytes, data.size(), data);
 }
 
-ScsiResult ScsiDisk::execute(std::span<const u8, 16> cdb, DataBuffer& data) {
+ScsiResult ScsiDisk::execute(std::span<const u8, 16> cdb, DataBuffer& data, Transfer* later) {
     const u8 opcode = cdb[0];
     ++counters_.opcodes[opcode];
     if (opcode == opcode_inquiry) {
@@ -131,18 +131,19 @@ ScsiResult ScsiDisk::execute(std::span<const u8, 16> cdb, DataBuffer& data) {
     case 0x08:
     case 0x0a: // READ(6), WRITE(6): 0 blocks mean 256
         return read_write(opcode == 0x0a, big_endian(cdb.subspan(1, 3)) & 0x1fffff, cdb[4] == 0 ? 256 : cdb[4], false,
-                          data);
+                          data, later);
     case 0x28:
     case 0x2a: // READ(10), WRITE(10)
         return read_write(opcode == 0x2a, big_endian(cdb.subspan(2, 4)), big_endian(cdb.subspan(7, 2)),
-                          (cdb[1] & 0x08) != 0, data);
+                          (cdb[1] & 0x08) != 0, data, later);
     case 0x88:
     case 0x8a: // READ(16), WRITE(16)
         return read_write(opcode == 0x8a, big_endian(cdb.subspan(2, 8)), big_endian(cdb.subspan(10, 4)),
-                          (cdb[1] & 0x08) != 0, data);
+                          (cdb[1] & 0x08) != 0, data, later);
     case 0x35: // SYNCHRONIZE CACHE(10), (16): any range is all of it
-        return inside(big_endian(cdb.subspan(2, 4)), big_endian(cdb.subspan(7, 2))) ? flush() : out_of_range();
-    case 0x91: return inside(big_endian(cdb.subspan(2, 8)), big_endian(cdb.subspan(10, 4))) ? flush() : out_of_range();
+        return inside(big_endian(cdb.subspan(2, 4)), big_endian(cdb.subspan(7, 2))) ? flush(later) : out_of_range();
+    case 0x91:
+        return inside(big_endian(cdb.subspan(2, 8)), big_endian(cdb.subspan(10, 4))) ? flush(later) : out_of_range();
     case 0x42: return unmap(data);
     default: ++counters_.others;
     }
@@ -271,7 +272,7 @@ ScsiResult ScsiDisk::mode_sense(std::span<const u8, 16> cdb, DataBuffer& data, b
     return answer(std::span(bytes).first(at), ten ? big_endian(cdb.subspan(7, 2)) : cdb[4], data);
 }
 
-ScsiResult ScsiDisk::read_write(bool write, u64 lba, u64 count, bool force, DataBuffer& data) {
+ScsiResult ScsiDisk::read_write(bool write, u64 lba, u64 count, bool force, DataBuffer& data, Transfer* later) {
     ++(write ? counters_.writes : counters_.reads);
     BlockStore& store = *config_.store;
     if (!inside(lba, count)) {
@@ -295,6 +296,17 @@ ScsiResult ScsiDisk::read_write(bool write, u64 lba, u64 count, bool force, Data
         bytes /= 2;
     }
     u64 at = lba * config_.block_size;
+    if (later != nullptr) {
+        result.transferred = static_cast<usize>(bytes);
+        later->kind = bytes == 0 ? Transfer::Kind::none : write ? Transfer::Kind::write : Transfer::Kind::read;
+        later->durable = write && (force || !config_.write_cache);
+        later->store = &store;
+        later->offset = at;
+        data.truncate(result.transferred);
+        later->pieces.assign(data.pieces().begin(), data.pieces().end());
+        (write ? counters_.bytes_written : counters_.bytes_read) += result.transferred;
+        return result;
+    }
     const auto mapped = store.mapped();
     for (const auto& whole : data.pieces()) {
         const auto piece = whole.first(static_cast<usize>(std::min<u64>(whole.size(), bytes - result.transferred)));
@@ -319,8 +331,21 @@ ScsiResult ScsiDisk::read_write(bool write, u64 lba, u64 count, bool force, Data
     return result;
 }
 
-ScsiResult ScsiDisk::flush() {
+ScsiResult medium_failure(const Transfer& transfer, u32 block_size) {
+    const bool read = transfer.kind == Transfer::Kind::read;
+    const u64 lba = transfer.offset / block_size;
+    const bool known = transfer.kind != Transfer::Kind::flush && lba <= 0xffffffff;
+    return check(key_medium_error, read ? 0x11 : 0x0c, 0x00,
+                 known ? std::optional(static_cast<u32>(lba)) : std::nullopt);
+}
+
+ScsiResult ScsiDisk::flush(Transfer* later) {
     ++counters_.flushes;
+    if (later != nullptr) {
+        later->kind = Transfer::Kind::flush;
+        later->store = config_.store;
+        return {};
+    }
     return config_.store->flush() ? ScsiResult{} : check(key_medium_error, 0x0c, 0x00);
 }
 

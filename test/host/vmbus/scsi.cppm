@@ -4,6 +4,7 @@ export module host.scsi;
 import host.std;
 export import host.platform;
 export import host.faults;
+export import host.transfers;
 
 export namespace fl::host {
 
@@ -75,6 +76,9 @@ constexpr bool reaches_medium(u8 opcode) {
     return std::ranges::find(commands, opcode) != commands.end();
 }
 
+/// The result of a transfer that has failed.
+ScsiResult medium_failure(const Transfer& transfer, u32 block_size);
+
 /// One logical unit.
 class ScsiDisk {
   public:
@@ -82,7 +86,9 @@ class ScsiDisk {
         : config_(config), maximum_transfer_(maximum_transfer), counters_(counters), faults_(faults) {}
     const LunConfig& config() const { return config_; }
     u64 blocks() const { return config_.store->size() / config_.block_size; }
-    ScsiResult execute(std::span<const u8, 16> cdb, DataBuffer& data);
+    /// With `later`, reads, writes and flushes only describe what is to be done there; its kind is `none` if nothing
+    /// is. The result is then that of a transfer that ends well; otherwise it is medium_failure().
+    ScsiResult execute(std::span<const u8, 16> cdb, DataBuffer& data, Transfer* later = nullptr);
     /// The next command other than INQUIRY, REPORT LUNS and REQUEST SENSE ends with this unit attention (power on,
     /// reset, changed capacity).
     void set_unit_attention(u8 asc, u8 ascq) { attention_ = Sense{6, asc, ascq, {}}; }
@@ -90,10 +96,10 @@ class ScsiDisk {
   private:
     ScsiResult inquiry(std::span<const u8, 16> cdb, DataBuffer& data) const;
     ScsiResult read_capacity(bool sixteen, DataBuffer& data, usize allocation) const;
-    ScsiResult read_write(bool write, u64 lba, u64 count, bool force, DataBuffer& data);
+    ScsiResult read_write(bool write, u64 lba, u64 count, bool force, DataBuffer& data, Transfer* later);
     ScsiResult mode_sense(std::span<const u8, 16> cdb, DataBuffer& data, bool ten) const;
     ScsiResult unmap(DataBuffer& data);
-    ScsiResult flush();
+    ScsiResult flush(Transfer* later);
     bool inside(u64 lba, u64 count) const { return lba <= blocks() && count <= blocks() - lba; }
     LunConfig config_;
     u32 maximum_transfer_;

@@ -64,6 +64,7 @@ class ServerState : public Bus {
     void offer_sub_channels(Device& device, u16 count) override;
     void rescind(Device& device) override;
     void kick(Device& device) override;
+    void kick(Channel& channel) override { by_relid_[channel.relid()]->kicked = true; }
 
     // ---- messages ----
     void handle(const Posted& posted);

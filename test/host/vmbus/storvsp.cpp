@@ -23,6 +23,7 @@ constexpr u32 nt_buffer_overflow = 0x80000005;
 constexpr u32 srb_disable_autosense = 0x20;
 constexpr usize lun_limit = 255; // more than Hyper-V's 64: all that a request can address, except the last
 constexpr usize packet_limit = sizeof(wire::Packet);
+constexpr u64 drain_limit = 10'000'000'000; // ns, for transfers to end: a second is long for a disk
 
 constexpr Guid scsi_type = guid("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f");
 constexpr Guid ide_type = guid("32412632-86cb-44a2-9b5c-50d1417354f5");
@@ -68,6 +69,34 @@ struct StorageDevice::State {
     std::multimap<u64, Held> held;
     std::array<u64, lun_limit> free_at{}; // when the disk has finished the requests so far
 
+    // A request whose transfer ends later, or whose answer waits for its time.
+    struct Request : Transfer {
+        State* state = nullptr;
+        Channel* channel = nullptr; // nullptr: closed, there will be no answer
+        Packet packet{};            // its payload refers to `request`
+        wire::Packet request{};
+        ScsiResult result;
+        u32 block_size = 512;
+        u8 lun = 0;
+        bool over = false; // the transfer has ended
+        u64 due = 0;
+    };
+    std::vector<std::unique_ptr<Request>> requests;   // in use
+    std::vector<std::unique_ptr<Request>> spare;      // kept for their memory
+    std::map<Channel*, DelayQueue<Request*>> answers; // of each channel: those that have ended
+    std::array<u64, lun_limit> written_at{};          // when the last write so far is answered
+    Channel* serving = nullptr;                       // its answers are sent at the end of this turn
+
+    void later(Channel& channel, const Packet& packet, const wire::Packet& request, ScsiDisk& disk,
+               std::span<const u8, 16> cdb);
+    static void on_end(Transfer& transfer);
+    void release(Request& request);
+    u64 send_due(Channel& channel, u64 now);
+    bool drain(const Channel* channel, std::optional<u8> lun);
+    void abandon(const Channel* channel);
+    void answer(Channel& channel, const Packet& packet, const wire::Packet& request, const ScsiResult& result,
+                wire::SrbStatus srb_status, u32 status);
+
     void hold(Channel& channel, const Packet& packet, const LunConfig& disk);
     void perform(Channel& channel, const Packet& packet, const wire::Packet& request);
     void handle(Channel& channel, const Packet& packet, StorageDevice& device);
@@ -82,7 +111,14 @@ struct StorageDevice::State {
 // ---- the device ----
 
 StorageDevice::StorageDevice(std::unique_ptr<State> state) : state_(std::move(state)) {}
-StorageDevice::~StorageDevice() = default;
+StorageDevice::~StorageDevice() {
+    if (state_->config.transfers != nullptr && !state_->drain(nullptr, std::nullopt)) {
+        for (auto& request : state_->requests) {
+            request->state = nullptr;
+            static_cast<void>(request.release()); // the medium may still write to it
+        }
+    }
+}
 
 std::unique_ptr<StorageDevice> StorageDevice::scsi(const StorageConfig& config, std::vector<LunConfig> luns) {
     auto state = std::make_unique<State>();
@@ -147,6 +183,9 @@ bool StorageDevice::remove_lun(u8 lun) {
     if (lun >= lun_limit || !s.luns[lun]) {
         return false;
     }
+    if (s.config.transfers != nullptr) {
+        static_cast<void>(s.drain(nullptr, lun));
+    }
     s.luns[lun].reset();
     s.enumerate = true;
     s.bus->kick(*this);
@@ -168,6 +207,11 @@ void StorageDevice::opened(Channel& channel) {
 
 void StorageDevice::closed(Channel& channel) {
     std::erase_if(state_->held, [&](const auto& entry) { return entry.second.channel == &channel; });
+    if (state_->config.transfers != nullptr) {
+        // The guest may use its pages for something else as soon as it knows that the channel is closed.
+        static_cast<void>(state_->drain(&channel, std::nullopt));
+        state_->abandon(&channel);
+    }
     if (channel.index() == 0) {
         state_->primary = nullptr;
         state_->phase = Phase::begin;
@@ -176,6 +220,7 @@ void StorageDevice::closed(Channel& channel) {
 
 bool StorageDevice::serve(Channel& channel) {
     State& s = *state_;
+    s.serving = &channel;
     channel.begin();
     while (channel.room(packet_limit)) {
         const auto packet = channel.receive();
@@ -183,6 +228,10 @@ bool StorageDevice::serve(Channel& channel) {
             break;
         }
         s.handle(channel, *packet, *this);
+    }
+    if (s.config.transfers != nullptr) {
+        s.config.transfers->submit();
+        static_cast<void>(s.send_due(channel, s.config.latency != nullptr ? s.config.transfers->now() : 0));
     }
     if (s.early != 0) [[unlikely]] {
         wire::Packet answer{};
@@ -194,19 +243,22 @@ bool StorageDevice::serve(Channel& channel) {
     if (&channel == s.primary && s.phase == Phase::ready && (s.enumerate || s.remove)) [[unlikely]] {
         s.notify(channel);
     }
+    s.serving = nullptr;
     return channel.finish();
 }
 
 bool StorageDevice::timed() const {
     const State& s = *state_;
     const auto limited = [](const auto& lun) { return lun && lun->config().iops != 0; };
-    return std::ranges::any_of(s.initial, [](const LunConfig& lun) { return lun.iops != 0; }) ||
+    return s.config.latency != nullptr ||
+           std::ranges::any_of(s.initial, [](const LunConfig& lun) { return lun.iops != 0; }) ||
            std::ranges::any_of(s.luns, limited);
 }
 
 u64 StorageDevice::tick(Channel& channel, u64 now) {
     constexpr u64 ring_full_interval = 1'000'000;
     State& s = *state_;
+    s.serving = &channel;
     u64 next = ~u64{0};
     for (auto it = s.held.begin(); it != s.held.end();) {
         if (it->second.channel != &channel) {
@@ -225,8 +277,135 @@ u64 StorageDevice::tick(Channel& channel, u64 now) {
             s.perform(channel, held.packet, request);
         }
     }
+    if (s.config.transfers != nullptr) {
+        s.config.transfers->submit();
+        next = std::min(next, s.send_due(channel, now));
+    }
+    s.serving = nullptr;
     static_cast<void>(channel.finish());
     return next;
+}
+
+// ---- answers that come later ----
+
+/// Begins the command's transfer. Its answer is sent when it has ended, and when the disk's latency is over.
+void StorageDevice::State::later(Channel& channel, const Packet& packet, const wire::Packet& request, ScsiDisk& disk,
+                                 std::span<const u8, 16> cdb) {
+    if (spare.empty()) {
+        spare.push_back(std::make_unique<Request>());
+    }
+    Request& r = *requests.emplace_back(std::move(spare.back()));
+    spare.pop_back();
+    r.state = this;
+    r.channel = &channel;
+    r.request = request;
+    r.packet = packet;
+    r.packet.ranges = {};
+    r.packet.payload = std::as_bytes(std::span(&r.request, 1)).first(std::min(packet.payload.size(), packet_limit));
+    r.block_size = disk.config().block_size;
+    r.lun = disk.config().lun;
+    r.over = false;
+    r.due = 0;
+    r.kind = Transfer::Kind::none;
+    r.durable = false;
+    r.ended = &State::on_end;
+    r.result = disk.execute(cdb, data, &r);
+    if (config.latency != nullptr) {
+        r.due = config.transfers->now() + config.latency->draw();
+        u64& written = written_at[r.lun];
+        if (r.kind == Transfer::Kind::write) {
+            written = std::max(written, r.due);
+        } else if (r.kind == Transfer::Kind::flush) {
+            r.due = std::max(r.due, written); // it does not overtake a write
+        }
+    }
+    if (r.kind == Transfer::Kind::none) {
+        r.good = true;
+        on_end(r);
+    } else {
+        config.transfers->start(r);
+    }
+    bus->counters().later += !r.over || r.due != 0;
+}
+
+void StorageDevice::State::on_end(Transfer& transfer) {
+    Request& r = static_cast<Request&>(transfer);
+    if (r.state == nullptr) {
+        return; // the device is gone
+    }
+    State& s = *r.state;
+    r.over = true;
+    if (!transfer.good) {
+        r.result = medium_failure(transfer, r.block_size);
+    }
+    if (r.channel == nullptr) {
+        s.release(r);
+        return;
+    }
+    s.answers[r.channel].push(r.due, &r);
+    if (r.channel != s.serving) {
+        s.bus->kick(*r.channel);
+    }
+}
+
+void StorageDevice::State::release(Request& request) {
+    const auto found = std::ranges::find_if(requests, [&](const auto& one) { return one.get() == &request; });
+    spare.push_back(std::move(*found));
+    *found = std::move(requests.back());
+    requests.pop_back();
+}
+
+/// Sends the answers that are due, as far as there is room. Returns when to go on; ~0: when something happens.
+u64 StorageDevice::State::send_due(Channel& channel, u64 now) {
+    const auto found = answers.find(&channel);
+    if (found == answers.end()) {
+        return ~u64{0};
+    }
+    DelayQueue<Request*>& queue = found->second;
+    while (!gone && queue.next() <= now) {
+        if (!channel.room(packet_limit)) {
+            return ~u64{0}; // the guest signals, or the ring is polled
+        }
+        Request& r = **queue.pop(now);
+        answer(channel, r.packet, r.request, r.result, wire::SrbStatus::success, nt_success);
+        release(r);
+    }
+    return queue.next();
+}
+
+/// Waits for the transfers of a channel and a LUN, or of all. False: some have not ended in time.
+bool StorageDevice::State::drain(const Channel* channel, std::optional<u8> lun) {
+    const bool done = config.transfers->drain(
+        [&](const Transfer& transfer) {
+            if (transfer.ended != &State::on_end) {
+                return false; // another kind of device's
+            }
+            const Request& r = static_cast<const Request&>(transfer);
+            return r.state == this && (channel == nullptr || r.channel == channel) && (!lun || r.lun == *lun);
+        },
+        drain_limit);
+    if (!done) {
+        bus->judge().note("%s: transfers have not ended within %llu s", name.c_str(),
+                          static_cast<unsigned long long>(drain_limit / 1'000'000'000));
+    }
+    return done;
+}
+
+/// The channel's requests will have no answer.
+void StorageDevice::State::abandon(const Channel* channel) {
+    std::vector<Request*> ended_ones;
+    for (auto& request : requests) {
+        if (request->channel == channel) {
+            request->channel = nullptr;
+            if (request->over) {
+                ended_ones.push_back(request.get());
+            }
+        }
+    }
+    for (Request* const one : ended_ones) {
+        release(*one);
+    }
+    std::erase_if(answers, [&](const auto& entry) { return entry.first == channel; });
 }
 
 // ---- packets ----
@@ -361,6 +540,17 @@ void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, con
     case Operation::reset_adapter:
     case Operation::reset_bus:
         if (expect(phase == Phase::ready)) {
+            if (config.transfers != nullptr && !drain(nullptr, std::nullopt)) {
+                status = nt_io_error;
+                break;
+            }
+            for (auto& [other, queue] : answers) { // before the reset's own answer
+                queue.hasten();
+                if (other != &channel) {
+                    bus->kick(*other);
+                }
+            }
+            static_cast<void>(send_due(channel, 0));
             for (auto& lun : luns) {
                 if (lun) {
                     lun->set_unit_attention(0x29, 0x02); // SCSI bus reset occurred
@@ -465,10 +655,7 @@ void StorageDevice::State::hold(Channel& channel, const Packet& packet, const Lu
 
 void StorageDevice::State::perform(Channel& channel, const Packet& packet, const wire::Packet& request) {
     const wire::ScsiRequest& srb = request.srb;
-    FaultPlan& faults = bus->faults();
     Counters& counters = bus->counters();
-    wire::Packet answer = request;
-    wire::ScsiRequest& reply = answer.srb;
     u32 status = nt_success;
     ScsiResult result;
     auto srb_status = wire::SrbStatus::success;
@@ -501,6 +688,10 @@ void StorageDevice::State::perform(Channel& channel, const Packet& packet, const
         ++counters.opcodes[opcode], ++counters.others;
         result = report_luns(std::span(list).first(count), data);
     } else if (ScsiDisk* disk = find(srb)) {
+        if (config.transfers != nullptr && reaches_medium(opcode)) {
+            later(channel, packet, request, *disk, cdb);
+            return;
+        }
         result = disk->execute(cdb, data);
     } else if (opcode == opcode_inquiry) {
         ++counters.opcodes[opcode], ++counters.others;
@@ -510,6 +701,15 @@ void StorageDevice::State::perform(Channel& channel, const Packet& packet, const
         srb_status = wire::SrbStatus::invalid_lun;
         status = nt_does_not_exist;
     }
+    answer(channel, packet, request, result, srb_status, status);
+}
+
+void StorageDevice::State::answer(Channel& channel, const Packet& packet, const wire::Packet& request,
+                                  const ScsiResult& result, wire::SrbStatus srb_status, u32 status) {
+    const wire::ScsiRequest& srb = request.srb;
+    FaultPlan& faults = bus->faults();
+    wire::Packet answer = request;
+    wire::ScsiRequest& reply = answer.srb;
     reply.scsi_status = static_cast<u8>(result.status);
     reply.data_transfer_length = static_cast<u32>(result.transferred);
     reply.sense_info_length = 0;
@@ -530,7 +730,7 @@ void StorageDevice::State::perform(Channel& channel, const Packet& packet, const
         reply.sense_info_length = static_cast<u8>(bytes);
         reply.srb_status |= wire::srb_autosense_valid;
     }
-    counters.errors += srb_status != wire::SrbStatus::success;
+    bus->counters().errors += srb_status != wire::SrbStatus::success;
     answer.header = {wire::Operation::complete_io, 0, status};
     const auto bytes = std::as_bytes(std::span(&answer, 1)).first(std::min(packet.payload.size(), packet_limit));
     if (!packet.wants_completion()) {

@@ -4,6 +4,7 @@ export module host.storvsp;
 import host.std;
 export import host.platform;
 export import host.channel;
+export import host.latency;
 export import host.scsi;
 
 export namespace fl::host {
@@ -15,6 +16,9 @@ struct StorageConfig {
     std::vector<u16> versions = {0x0602, 0x0600, 0x0501, 0x0402, 0x0200}; // accepted; OpenVMM does not accept 6.2
     u16 sub_channels = 0;                                                 // maximum, besides the primary channel
     u32 maximum_transfer = 256 * 1024;                                    // bytes, a multiple of 4096
+    Transfers* transfers =
+        nullptr;                // reads, writes and flushes end later, by these; nullptr: in the turn that takes them
+    Latency* latency = nullptr; // with `transfers`: the time from a request to its answer, at least
 };
 
 /// One controller and its disks, to be passed to Server::add(). All functions are called on poll()'s thread.

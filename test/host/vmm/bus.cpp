@@ -39,23 +39,63 @@ host::GuestMemory regions_of(Machine& machine) {
     return memory;
 }
 
-void add_counters(void* context, Snapshot& into) {
-    const host::Counters& counters = static_cast<host::Server*>(context)->counters();
-    counters.each([&](const char* name, u64 value) { into[std::string("bus_") + name] = value; });
-}
-
 } // namespace
 
-Bus::Bus(Machine& machine, const host::ServerConfig& config, std::function<void(std::string_view)> line, bool eventfds)
-    : machine_(machine), line_(std::move(line)), eventfds_(eventfds),
-      signals_(eventfds ? epoll_create1(EPOLL_CLOEXEC) : -1), memory_(regions_of(machine)),
+Bus::Bus(Machine& machine, const host::ServerConfig& config, std::function<void(std::string_view)> line,
+         Serving serving)
+    : machine_(machine), line_(std::move(line)), kind_(serving), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      signals_(serving != Serving::exits ? epoll_create1(EPOLL_CLOEXEC) : -1), memory_(regions_of(machine)),
       server_(memory_, *this, *this, config) {}
 
 Bus::~Bus() = default;
 
 void Bus::connect() {
-    machine_.set_counters(&add_counters, &server_);
+    machine_.set_counters(&add_counters, this);
     machine_.set_partition(*this);
+}
+
+/// On a processor's thread, for a phase or at the end.
+void Bus::add_counters(void* context, Snapshot& into) {
+    Bus& self = *static_cast<Bus*>(context);
+    // The I/O thread's turns are short. At the end it has stopped; if it has not, its counters are read all the same.
+    bool locked = false;
+    for (u32 tries = 0; self.kind_ == Serving::thread && !locked && tries < 1000; ++tries) {
+        locked = self.serving_.try_lock();
+        if (!locked) {
+            usleep(1000);
+        }
+    }
+    const host::Counters& counters = self.server_.counters();
+    counters.each([&](const char* name, u64 value) { into[std::string("bus_") + name] = value; });
+    if (locked) {
+        self.serving_.unlock();
+    }
+}
+
+/// Serving::thread: what a processor has put into the server's inbox is served by the I/O thread.
+void Bus::leave_to_thread() {
+    const u64 one = 1;
+    [[maybe_unused]] const auto written = write(wake_.number(), &one, sizeof(one));
+}
+
+void Bus::on_woken() {
+    u64 value = 0;
+    [[maybe_unused]] const auto consumed = read(wake_.number(), &value, sizeof(value));
+    if (!ending()) {
+        serve(machine_.now());
+    }
+}
+
+bool Bus::end(u32 seconds) {
+    ending_.store(true, std::memory_order_release);
+    leave_to_thread();
+    for (u32 tries = 0; tries < seconds * 1000; ++tries) {
+        if (ended_.load(std::memory_order_acquire)) {
+            return true;
+        }
+        usleep(1000);
+    }
+    return false;
 }
 
 void Bus::serve(u64 now) {
@@ -93,6 +133,10 @@ u64 Bus::deadline() {
 
 u16 Bus::post_message(u32 connection, u32 type, std::span<const std::byte> payload) {
     const auto status = server_.on_message(connection, type, payload);
+    if (kind_ == Serving::thread) {
+        leave_to_thread();
+        return to_underlying(status);
+    }
     serve(Machine::coarse_now());
     return to_underlying(status);
 }
@@ -101,6 +145,10 @@ u16 Bus::post_message(u32 connection, u32 type, std::span<const std::byte> paylo
 /// have been sent when the guest continues.
 u16 Bus::signal_event(u32 connection, u16 flag) {
     const auto status = server_.on_signal(connection, flag);
+    if (kind_ == Serving::thread) { // a connection without an eventfd
+        leave_to_thread();
+        return to_underlying(status);
+    }
     serve(Machine::coarse_now());
     return to_underlying(status);
 }
@@ -125,7 +173,7 @@ host::Delivery::Event Bus::set_event(u32 vp, u8 sint, u16 flag, bool always) {
 
 /// Runs in the serving thread, under its mutex.
 void Bus::connection(u32 id, bool exists) {
-    if (!eventfds_) {
+    if (kind_ == Serving::exits) {
         return;
     }
     if (exists) {
@@ -159,12 +207,12 @@ void Bus::on_signals() {
             }
         }
     }
-    serve(Machine::coarse_now());
+    serve(kind_ == Serving::thread ? machine_.now() : Machine::coarse_now());
 }
 
 void Bus::on_acknowledged() {
     machine_.synic().service(*this);
-    serve(Machine::coarse_now());
+    serve(kind_ == Serving::thread ? machine_.now() : Machine::coarse_now());
 }
 
 } // namespace fl::vmm

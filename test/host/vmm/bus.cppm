@@ -26,6 +26,7 @@ class ImageStore final : public host::BlockStore {
     bool write(u64 offset, std::span<const std::byte> from) override;
     bool flush() override { return image_.flush(); }
     bool unmap(u64 offset, u64 length) override;
+    int file() const { return image_.file(); }
 
   private:
     Image& image_;
@@ -42,9 +43,15 @@ struct HotplugDisk {
 
 class Bus final : private Partition, private EndOfMessage, private host::Delivery, private host::Log {
   public:
-    /// `line` receives log lines. `eventfds`: KVM converts signals to eventfds, which the I/O thread polls by
-    /// signals().
-    Bus(Machine& machine, const host::ServerConfig& config, std::function<void(std::string_view)> line, bool eventfds);
+    /// Who serves the channels, and how their signals get there.
+    enum class Serving : u8 {
+        exits,         // the signalling processor, within its exit; the I/O thread only what is left
+        exits_eventfd, // messages likewise; signals the I/O thread, by KVM's eventfds
+        thread,        // the I/O thread alone
+    };
+    /// `line` receives log lines.
+    Bus(Machine& machine, const host::ServerConfig& config, std::function<void(std::string_view)> line,
+        Serving serving);
     ~Bus();
 
     /// Starts receiving hypercalls. All initial devices must have been added.
@@ -63,12 +70,23 @@ class Bus final : private Partition, private EndOfMessage, private host::Deliver
     // For the I/O thread.
     int acknowledged() const { return machine_.synic().acknowledged(); }
     void on_acknowledged();
+    /// Readable when a processor has left work (Serving::thread).
+    int woken() const { return wake_.number(); }
+    void on_woken();
+    /// Whether end() has been called. The thread then calls ended() when its work is done, and none of the others.
+    bool ending() const { return ending_.load(std::memory_order_acquire); }
+    void ended() { ended_.store(true, std::memory_order_release); }
     /// With eventfds: an epoll descriptor, readable when a channel has been signalled.
     int signals() const { return signals_.number(); }
     void on_signals();
     u64 deadline();
 
+    /// Serving::thread, from another thread: the I/O thread is to end its work. False: it has not within `seconds`.
+    bool end(u32 seconds);
+
   private:
+    void leave_to_thread();
+    static void add_counters(void* context, Snapshot& into);
     u16 post_message(u32 connection, u32 type, std::span<const std::byte> payload) override;
     u16 signal_event(u32 connection, u16 flag) override;
     void end_of_message(u32 processor, u8 sint) override { server_.on_end_of_message(processor, sint); }
@@ -84,7 +102,10 @@ class Bus final : private Partition, private EndOfMessage, private host::Deliver
 
     Machine& machine_;
     std::function<void(std::string_view)> line_;
-    bool eventfds_;
+    Serving kind_;
+    Descriptor wake_;
+    std::atomic<bool> ending_ = false; // release in end(), acquire in ending(): nothing else is passed
+    std::atomic<bool> ended_ = false;  // release in ended(), acquire in end(): what the thread has done is visible
     Descriptor signals_;
     std::vector<std::unique_ptr<Signal>> connections_;
     host::GuestMemory memory_;

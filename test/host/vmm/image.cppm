@@ -15,6 +15,7 @@ class Image {
 
     u64 size() const { return bytes_.size(); } // bytes, a multiple of 512
     bool read_only() const { return read_only_; }
+    int file() const { return file_; }
     /// The whole image. Stores to a read-only image do not reach the file.
     std::span<std::byte> bytes() const { return bytes_; }
     /// Writes all stores to the file. False: the system reported an error.

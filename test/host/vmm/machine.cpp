@@ -390,6 +390,9 @@ void Machine::finish(ExitCode code, std::string_view why) {
     while (ending.exchange(true)) {
         pause();
     }
+    if (at_end_) {
+        at_end_();
+    }
     {
         const std::scoped_lock guard(console_mutex_);
         write_all(console_.empty() || console_.back() == '\n' ? console_ : console_ + "\n");

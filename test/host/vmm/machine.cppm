@@ -75,6 +75,8 @@ class Machine final : private MachineControl, private BoardClock, private Serial
     void set_partition(Partition& partition) { partition_ = &partition; }
     /// Registers a function that adds counters to what is printed.
     void set_counters(void (*add)(void* context, Snapshot& into), void* context);
+    /// Registers a function that is called at the end, before the counters are printed.
+    void set_ending(std::function<void()> ending) { at_end_ = std::move(ending); }
     /// Sets the first processor's registers to the loader's entry. start() then starts all processors.
     Result<void> prepare(const Entry& entry);
     void start();
@@ -148,6 +150,7 @@ class Machine final : private MachineControl, private BoardClock, private Serial
     std::vector<std::thread> threads_;
     Partition* partition_ = nullptr;
     std::vector<std::pair<void (*)(void*, Snapshot&), void*>> counters_;
+    std::function<void()> at_end_;
     std::mutex console_mutex_;
     std::pair<void (*)(void*, std::string_view), void*> watch_{};
     std::string console_; // the guest's incomplete line
