@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import build, comparison, counts, ensemble, fiojson, lab, launch, page, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
-from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform
+from .machine import AIO, CACHES, DIRECT_CACHES, IOS, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform, demand_io, latency_bounds, parse_latency
 from .options import Conflict, Parser, demand_agreement, listed, name_patterns, one_line, place, whole
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
@@ -44,6 +44,9 @@ def arguments() -> Parser:
     parser.add_argument("--sweep", type=workloads.parse_sweep, default=(), metavar="qd=LOW..HIGH", help="each pattern and block size at each power of two of queue depths, as in qd=1..128, with a table by depth")
     parser.add_argument("--wait", type=workloads.parse_waits, default=WAITS[:1], metavar="POLICY,…", help="what the kernel's processors do while their disks work: sleep until an interrupt, poll, or adaptive, which polls "
         f"for a while and then sleeps; one machine for each of {', '.join(WAITS)}, and a table of what each costs (default: {WAITS[0]})")
+    parser.add_argument("--io", type=workloads.parse_ios, default=IOS[:1], metavar="WAY,…", help="hyperv: who reads and writes the test host's disks: inline, the processor in its exit; thread, an I/O thread that answers later; "
+        f"uring, the thread by io_uring; one machine for each of {', '.join(IOS)}, for this kernel and for Linux, and a table of them beside each other (default: {IOS[0]})")
+    parser.add_argument("--latency", type=parse_latency, metavar="TIME", help="hyperv with --io thread or uring: what the test host's disks take for a request at least: 100us, exp:100us (drawn, the mean) or uniform:50us..150us")
     parser.add_argument("--aio", choices=AIO, help="how QEMU reads and writes the images (default: threads, as QEMU's)")
     parser.add_argument("--cache", choices=CACHES, help="QEMU's cache mode (default: writeback, as QEMU's)")
     parser.add_argument("--iothread", action="store_true", help=f"an I/O thread for each of QEMU's disks that can have one ({', '.join(IOTHREAD_BUSES)})")
@@ -71,8 +74,8 @@ COUNTED = "instructions are counted in the nested lab, in deterministic time"
 CONFLICTS = (
     *vmm.conflicts(("boot", "wall", "lab", "yardstick", "cost", "only", "aio", "cache", "iothread", "list", "lanes", "xen_version")),
     *(Conflict(("list", name), LISTED) for name in ("qemu", "qemu_arg")),
-    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "html", "yardstick", "cost", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version")),
-    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "html", "yardstick", "cost", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "qemu", "qemu_arg", "vmm", "vmm_command")),
+    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "html", "yardstick", "cost", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version", "io", "latency")),
+    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "html", "yardstick", "cost", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "io", "latency", "qemu", "qemu_arg", "vmm", "vmm_command")),
     Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
     Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
     Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1 and not options.compare),
@@ -168,7 +171,12 @@ def demand_disks(disks: Sequence[str], chosen: Sequence[Chosen]) -> None:
 
 
 def demand_host_side(options, chosen: Sequence[Chosen]) -> None:
-    """--aio, --cache and --iothread must have an effect on a measured disk of each comparison."""
+    """--aio, --cache and --iothread must have an effect on a measured disk of each comparison, --io and --latency on one of some comparison."""
+    for name in ("io", "latency"):
+        if name in options.given and not any(kind_of(side).test_host for one in chosen for side in sides_of(one)):
+            raise Problem(f"--{name} is for the test host's disks, and {', '.join(one.comparison for one in chosen)} measures none: leave it out, or add --only hyperv.", Exit.USAGE)
+    for io in options.io:
+        demand_io(io, options.latency or "")
     for one in chosen:
         found = [side.bus(disk) for side in sides_of(one) if of_qemu(side) for disk in side.disks if disk in one.disks]
         for name in ("aio", "cache"):
@@ -277,6 +285,8 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
     for job in jobs:
         job["firstlight"]["versions"] = stated
         side = next(side for side in sides if job["firstlight"]["disk"] in side.disks)
+        if kind_of(side).test_host:
+            job["firstlight"]["latency"] = options.latency or "none"
         if of_qemu(side):
             job["firstlight"]["host_side"] = host_side(options, side.bus(job["firstlight"]["disk"]))
         if options.runs > 1:
@@ -299,6 +309,8 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
         print("\nLinux with fio, same machines, same images, same start of the lab; of each row the best of its settings (" + ", ".join(setting.name for setting in yardstick.SETTINGS) + ")\n\n" + report.results(theirs))
     if options.sweep:
         print("\n" + report.by_depth(ours, theirs))
+    if options.io != IOS[:1]:
+        print("\nwho serves the disks, and what that is worth" + (f": latency {options.latency}" if options.latency else "") + "\n\n" + report.by_io(ours, theirs))
     if options.wait != WAITS[:1]:
         print("\nwhat the processors did while the disks worked, and what it cost\n\n" + report.by_wait(ours))
     if compared:
@@ -311,10 +323,15 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
 
 
 def guests(sides: Sequence[Side], chosen: Chosen, options) -> list[Machine]:
-    machines = [main_machine(side, chosen, options, wait) for side in sides for wait in options.wait]
+    machines = [main_machine(side, chosen, options, wait, io) for side in sides for io in ios_of(side, options) for wait in options.wait]
     if options.yardstick:
-        machines += [linux_machine(side, chosen, options) for side in sides]
+        machines += [linux_machine(side, chosen, options, io) for side in sides for io in ios_of(side, options)]
     return machines
+
+
+def ios_of(side: Side, options) -> Sequence[str]:
+    """Who serves the disks: the values of --io for the test host's, one without a name for others."""
+    return options.io if kind_of(side).test_host else ("",)
 
 
 def service_times(jobs: Sequence[dict]) -> dict[str, list[float]]:
@@ -371,9 +388,10 @@ def images(side: Side, options) -> list[DiskSpec]:
     ]
 
 
-def seconds(begin: float, disks: Sequence[str], asked: Sequence[Workload], wall: bool) -> float:
-    """A bound on a machine's time: the slowest I/O seen took 0.3 ms, at most thirty times as long in the lab's wall-clock time, and its data 5 ns a byte."""
-    return begin + len(disks) * sum(one.count * (1e-3 + 2e-8 * one.bytes) for one in asked) * (10 if wall else 1)
+def seconds(begin: float, disks: Sequence[str], asked: Sequence[Workload], wall: bool, latency: str = "") -> float:
+    """A bound on a machine's time: the slowest I/O seen took 0.3 ms, at most thirty times as long in the lab's wall-clock time, and its data 5 ns a byte; and its latency, of which that drawn has a mean."""
+    _, most = (latency_bounds(latency) or (0, 0)) if latency else (0, 0)
+    return begin + len(disks) * sum(one.count * (1e-3 + 2e-8 * one.bytes + 2e-9 * most) for one in asked) * (10 if wall else 1)
 
 
 def in_wall_time(side: Side, options) -> bool:
@@ -389,11 +407,15 @@ def version_of(side: Side, options) -> str:
     return options.xen_version if kind_of(side).domain else ""
 
 
-def machine_name(side: Side, wait: str) -> str:
-    return f"bench-{side.key}" + (f"-{wait}" if wait != WAITS[0] else "")
+def machine_name(side: Side, wait: str, io: str) -> str:
+    return f"bench-{side.key}" + (f"-{wait}" if wait != WAITS[0] else "") + (f"-{io}" if io not in ("", IOS[0]) else "")
 
 
-def main_machine(side: Side, chosen: Chosen, options, wait: str = WAITS[0]) -> Machine:
+def linux_name(side: Side, io: str) -> str:
+    return f"linux-{side.key}" + (f"-{io}" if io not in ("", IOS[0]) else "")
+
+
+def main_machine(side: Side, chosen: Chosen, options, wait: str = WAITS[0], io: str = "") -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     names = ",".join(side.kernel_name(disk) for disk in disks)
     words = ["job=bench", "emulated=keep", f"disk={names}"]
@@ -409,23 +431,27 @@ def main_machine(side: Side, chosen: Chosen, options, wait: str = WAITS[0]) -> M
     if options.cmdline:
         words.append(options.cmdline)
     return Machine(
-        machine_name(side, wait), side.platform, side.machine, boot="" if side.vmm else options.boot, cmdline=" ".join(words), disks=images(side, options),
-        timeout=seconds(60, disks, chosen.workloads, in_wall_time(side, options)), extra=more(side, options), qemu=options.named_qemu, vmm=side.vmm,
-        cpus=options.lanes, xen_version=version_of(side, options),
+        machine_name(side, wait, io), side.platform, side.machine, boot="" if side.vmm else options.boot, cmdline=" ".join(words), disks=images(side, options),
+        timeout=seconds(60, disks, chosen.workloads, in_wall_time(side, options), latency_of(side, options)), extra=more(side, options), qemu=options.named_qemu, vmm=side.vmm,
+        cpus=options.lanes, xen_version=version_of(side, options), io=io, latency=latency_of(side, options) if io else "",
     )  # fmt: skip
 
 
-def linux_machine(side: Side, chosen: Chosen, options) -> Machine:
+def latency_of(side: Side, options) -> str:
+    return (options.latency or "") if kind_of(side).test_host else ""
+
+
+def linux_machine(side: Side, chosen: Chosen, options, io: str = "") -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     # fio's time limit is in milliseconds: on a disk that completes our count within tens of them it does more I/Os.
     targets = [yardstick.Target(disk, workloads.DRIVERS[side.bus(disk)].linux, 1 if side.bus(disk) == "ide" else FIO_MORE) for disk in disks]
     wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": w.mix, "seed": w.seed, "startdelay": w.startdelay, "lanes": options.lanes} for w in chosen.workloads]
     # Each of several jobs would mark its own begin and end.
     script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks if options.lanes == 1 else 0, bool(options.json or options.json_dir), options.cost)
-    limit = FIO_MORE * len(yardstick.SETTINGS) * seconds(24, disks, chosen.workloads, in_wall_time(side, options))
+    limit = FIO_MORE * len(yardstick.SETTINGS) * seconds(24, disks, chosen.workloads, in_wall_time(side, options), latency_of(side, options))
     return Machine(
-        f"linux-{side.key}", side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=more(side, options), qemu=options.named_qemu,
-        cpus=options.lanes, xen_version=version_of(side, options),
+        linux_name(side, io), side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=more(side, options), qemu=options.named_qemu,
+        cpus=options.lanes, xen_version=version_of(side, options), io=io, latency=latency_of(side, options),
     )  # fmt: skip
 
 
@@ -481,8 +507,9 @@ def describe(record: dict) -> str:
 
 
 def measure(ready: lab.Lab | None, chosen: Chosen, sides: Sequence[Side], machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
-    total = len(chosen.disks) * len(chosen.workloads) * (len(options.wait) + (len(yardstick.SETTINGS) if options.yardstick else 0))
-    by_machine = {name: side for side in sides for name in (f"linux-{side.key}", *(machine_name(side, wait) for wait in options.wait))}
+    served = sum(len(ios_of(side, options)) * sum(disk in chosen.disks for disk in side.disks) for side in sides)
+    total = served * len(chosen.workloads) * (len(options.wait) + (len(yardstick.SETTINGS) if options.yardstick else 0))
+    by_machine = {name: side for side in sides for io in ios_of(side, options) for name in (linux_name(side, io), *(machine_name(side, wait, io) for wait in options.wait))}
     with tempfile.TemporaryDirectory(prefix="firstlight-") as folder:
         counting = counts.Counting(Path(folder)) if options.cost else None
         if counting:
@@ -538,7 +565,7 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list[d
     start = (boot.log.of("boot") or [{}])[0]
     context = {
         "platform": chosen.comparison, "machine": side.key, "boot": boot.machine.boot,
-        "vm_guest": start.get("vm_guest", ""), "mode": mode,
+        "vm_guest": start.get("vm_guest", ""), "mode": mode, **({"io": boot.machine.io} if boot.machine.io else {}),
     }  # fmt: skip
     assumed = bool(start.get("clock_assumed"))
     return [fiojson.job(record, {**context, "clock_assumed": assumed or bool(record.get("clock_assumed"))}) for record in found]
@@ -600,12 +627,12 @@ def linux_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list
         ios = result["read"]["total_ios"] + result["write"]["total_ios"]
         exits = boot.log.phases[at].get("exits") if boot.log.phases else None
         workload = chosen.workloads[number]
-        result["jobname"] = f"{driver}-{workload.label}-{setting}"
+        result["jobname"] = f"{driver}-{workload.label}-{setting}" + (f"-{boot.machine.io}" if boot.machine.io not in ("", IOS[0]) else "")
         result["job options"] = {**result["job options"], "name": workload.name, "bs": fiojson.size_word(workload.bytes), "numjobs": str(boot.machine.cpus)}
         result["firstlight"] = {
             "platform": chosen.comparison, "machine": side.key, "boot": "linux", "vm_guest": side.platform.partition("-")[0],
             "mode": mode, "disk": disk, "driver": driver, "setting": setting, "kind": workloads.DRIVERS[side.bus(disk)].kind,
-            "exits_per_io": exits / ios if exits is not None and ios else None,
+            "exits_per_io": exits / ios if exits is not None and ios else None, **({"io": boot.machine.io} if boot.machine.io else {}),
         }  # fmt: skip
         jobs.append(result)
     return jobs

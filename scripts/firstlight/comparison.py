@@ -10,7 +10,7 @@ from . import ensemble, report
 from .problems import Exit, Problem
 
 # Of a job's member `firstlight`: what two results of one row must share, or else name as the difference.
-CONTEXT = ("platform", "machine", "boot", "mode", "vm_guest", "wait", "driver")
+CONTEXT = ("platform", "machine", "boot", "mode", "vm_guest", "wait", "io", "latency", "driver")
 
 
 def load(path: Path) -> list[dict]:

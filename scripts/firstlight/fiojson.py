@@ -127,11 +127,12 @@ def size_word(size: int) -> str:
 
 
 def job(result: dict, context: dict) -> dict:
-    """`context`: platform, boot, vm_guest, mode."""
+    """`context`: platform, boot, vm_guest, mode, of the test host io."""
     mix = {"rwmixread": str(result["mix"])} if result["workload"] == "randrw" else {}
     wait = result.get("wait", "interrupt")
+    io = context.get("io", "inline")
     return {
-        "jobname": f"{result['disk']}-{result['workload']}-{size_word(result['bs'])}-qd{result['qd']}" + (f"-{wait}" if wait != "interrupt" else ""),
+        "jobname": f"{result['disk']}-{result['workload']}-{size_word(result['bs'])}-qd{result['qd']}" + (f"-{wait}" if wait != "interrupt" else "") + (f"-{io}" if io != "inline" else ""),
         "groupid": 0,
         "error": result["errors"],
         "elapsed": max(1, round(result["runtime_ns"] / 1e9)),
@@ -202,7 +203,8 @@ def place(job: dict) -> Path:
     name = "-".join((options["rw"], options["iodepth"], options["numjobs"]))
     setting = f"-{extra['setting']}" if "setting" in extra else ""
     waits = f"-{extra['wait']}" if extra.get("wait", "interrupt") != "interrupt" else ""
-    return Path(f"{extra['platform']}-{extra['disk']}-{extra['driver']}{setting}{waits}", *mix, options["bs"], f"{name}.json")
+    ios = f"-{extra['io']}" if extra.get("io", "inline") != "inline" else ""
+    return Path(f"{extra['platform']}-{extra['disk']}-{extra['driver']}{setting}{waits}{ios}", *mix, options["bs"], f"{name}.json")
 
 
 def write_folder(folder: Path, jobs: Sequence[dict]) -> None:

@@ -70,9 +70,15 @@ def label(job: dict) -> str:
 
 
 def title(job: dict) -> str:
-    """label(), with the kernel's way to wait if it is not the default."""
+    """label(), with the kernel's way to wait and the host's to serve, if they are not the defaults."""
     wait = job["firstlight"].get("wait", "interrupt")
-    return label(job) + (f" {wait}" if wait != "interrupt" else "")
+    return label(job) + (f" {wait}" if wait != "interrupt" else "") + served(job)
+
+
+def served(job: dict) -> str:
+    """Who serves the disk, if not the processor's own exit (scripts/bench --io)."""
+    io = job["firstlight"].get("io", "inline")
+    return f" {io}" if io != "inline" else ""
 
 
 def terminal() -> int | None:
@@ -129,7 +135,7 @@ def clock_note(jobs: Sequence[dict]) -> str:
 
 
 def key(job: dict) -> tuple[str, str]:
-    return job["firstlight"]["disk"], label(job)
+    return job["firstlight"]["disk"], label(job) + served(job)
 
 
 def compared(ours: Sequence[dict], theirs: Sequence[dict], baseline: str) -> str:
@@ -186,7 +192,7 @@ def by_depth(ours: Sequence[dict], theirs: Sequence[dict]) -> str:
             options = job["job options"]
             depths = rates.setdefault((options["name"], options["bs"]), {})
             wait = job["firstlight"].get("wait", "interrupt")
-            column = who + job["firstlight"]["disk"] + (f" {wait}" if wait != "interrupt" else "")
+            column = who + job["firstlight"]["disk"] + (f" {wait}" if wait != "interrupt" else "") + served(job)
             depths.setdefault(int(options["iodepth"]), {})[column] = iops(job)
     parts = []
     for (name, bs), depths in rates.items():
@@ -215,6 +221,29 @@ def by_wait(jobs: Sequence[dict]) -> str:
     return table(heads, rows, 4, (0, 2, 3), terminal())
 
 
+def by_io(ours: Sequence[dict], theirs: Sequence[dict]) -> str:
+    """For each of the test host's disks and each workload who serves it, below each other: what that is worth to this kernel and to Linux."""
+    linux = {key(job): job for job in theirs}
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for job in ours:
+        if "io" in job["firstlight"]:
+            wait = job["firstlight"]["wait"]
+            groups.setdefault((job["firstlight"]["disk"], label(job) + (f" {wait}" if wait != "interrupt" else "")), []).append(job)
+    rows = []
+    for (disk, name), jobs in groups.items():
+        for job in jobs:
+            extra, latency = job["firstlight"], part(job)["lat_ns"]
+            counts = [extra.get(f"{what}_per_io") for what in ("notifications", "interrupts", "exits", "sleeps")]
+            other = linux.get(key(job))
+            cells = [f"{iops(other):.0f}", f"{part(other)['lat_ns']['mean'] / 1000:.1f}", f"{iops(job) / iops(other):.2f}" if iops(other) else "-"] if other else ["-"] * 3
+            rows.append(
+                [disk, extra["driver"], name, extra["io"], f"{iops(job):.0f}", *(f"{value / 1000:.1f}" for value in (latency["mean"], percentile(latency, 50), percentile(latency, 99))),
+                 *("-" if value is None else f"{value:.3f}" for value in counts), *(cells if theirs else [])]
+            )  # fmt: skip
+    heads = ("disk", "driver", "workload", "io", "IOPS", "mean us", "p50 us", "p99 us", "notif/IO", "irq/IO", "exit/IO", "halt/IO", *(("Linux", "mean us", "ours : Linux") if theirs else ()))
+    return table(heads, rows, 4, (0, 2, 3), terminal())
+
+
 def host_side(jobs: Sequence[dict]) -> str:
     """The line about how QEMU serves its disks; the same for all of a comparison's except for the I/O threads. Empty if none is QEMU's."""
     found = {job["firstlight"]["disk"]: job["firstlight"]["host_side"] for job in jobs if "host_side" in job["firstlight"]}
@@ -231,8 +260,8 @@ def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
     for job in ours:
         rates.setdefault(title(job), {})[job["firstlight"]["kind"]] = iops(job)
     for job in theirs:
-        same = dict.fromkeys(title(own) for own in ours if label(own) == label(job))
-        for name in same or (label(job),):
+        same = dict.fromkeys(title(own) for own in ours if label(own) + served(own) == label(job) + served(job))
+        for name in same or (label(job) + served(job),):
             rates.setdefault(name, {})["linux " + job["firstlight"]["kind"]] = iops(job)
 
     def quotient(found: dict[str, float], above: str, below: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from . import yardstick
 from .fiojson import size_word
-from .machine import SIZES, kernel_names
+from .machine import IOS, SIZES, kernel_names
 
 if TYPE_CHECKING:
     from .vmm import Vmm
@@ -110,6 +110,14 @@ def parse_waits(text: str) -> tuple[str, ...]:
     words = tuple(text.split(","))
     if not set(words) <= set(WAITS) or len(set(words)) != len(words):
         raise argparse.ArgumentTypeError(f"{text!r} was given, some of {', '.join(WAITS)} were expected, each at most once, as in {','.join(WAITS)}")
+    return words
+
+
+def parse_ios(text: str) -> tuple[str, ...]:
+    """The type of --io: some of IOS, separated by commas."""
+    words = tuple(text.split(","))
+    if not set(words) <= set(IOS) or len(set(words)) != len(words):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, some of {', '.join(IOS)} were expected, each at most once, as in {','.join(IOS)}")
     return words
 
 

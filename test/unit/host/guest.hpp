@@ -412,8 +412,8 @@ class Guest {
         return cdb;
     }
     /// Connects and opens and initialises one controller; returns the channel's relid.
-    u32 start(Rings& rings, u16 version = 0x0600, host::LunConfig lun = {}) {
-        add_disk({}, std::move(lun));
+    u32 start(Rings& rings, u16 version = 0x0600, host::LunConfig lun = {}, host::StorageConfig config = {}) {
+        add_disk(std::move(config), std::move(lun));
         EXPECT_TRUE(connect());
         const auto offers = request_offers();
         EXPECT_EQ(offers.size(), 1u);
