@@ -298,6 +298,8 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
     print(", ".join(f"{what} {version}" for what, version in stated.items()))
     if served := report.host_side(jobs):
         print(served)
+    if options.io != IOS[:1] and (disks := ", ".join(dict.fromkeys(job["firstlight"]["disk"] for job in jobs if "io" in job["firstlight"]))):
+        print(f"the test host's disks ({disks}): io={','.join(options.io)}, latency={options.latency or 'none'}")
     if options.runs > 1:
         print(f"{options.runs} runs, each with another start and other pauses, from seed {options.seed}; of each job the run with the median IOPS")
     print("\n" + report.results(ours))
@@ -310,7 +312,7 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
     if options.sweep:
         print("\n" + report.by_depth(ours, theirs))
     if options.io != IOS[:1]:
-        print("\nwho serves the disks, and what that is worth" + (f": latency {options.latency}" if options.latency else "") + "\n\n" + report.by_io(ours, theirs))
+        print("\nwho serves the disks, and what that is worth\n\n" + report.by_io(ours, theirs))
     if options.wait != WAITS[:1]:
         print("\nwhat the processors did while the disks worked, and what it cost\n\n" + report.by_wait(ours))
     if compared:

@@ -247,6 +247,103 @@ class HostSide(unittest.TestCase):
             self.assertIs(raised.exception.code, Exit.USAGE)
 
 
+class AnswersLater(unittest.TestCase):
+    """--io and --latency: who serves the test host's disks."""
+
+    def test_values(self):
+        self.assertEqual(options().io, ("inline",))
+        self.assertEqual(options("--io", "uring,inline").io, ("uring", "inline"))
+        for text in ("", "threads", "thread,thread", "inline,"):
+            with self.assertRaises(argparse.ArgumentTypeError) as raised:
+                workloads.parse_ios(text)
+            self.assertIn(f"{text!r} was given, some of inline, thread, uring were expected", str(raised.exception))
+        for text, bounds in (("1ns", (1, 1)), ("100us", (100_000,) * 2), ("exp:2ms", (2_000_000,) * 2), ("uniform:50us..1ms", (50_000, 1_000_000)), ("10s", (10**10,) * 2)):
+            self.assertEqual(machine.latency_bounds(text), bounds)
+            self.assertEqual(machine.parse_latency(text), text)
+        for text in ("", "0us", "100", "us", "11s", "-1us", "1.5us", "exp:", "uniform:2us..1us", "uniform:1us", "exp:uniform:1us..2us", "1us..2us"):
+            with self.assertRaises(argparse.ArgumentTypeError) as raised:
+                machine.parse_latency(text)
+            self.assertIn(f"{text!r} was given, a time as in 100us, exp:100us", str(raised.exception))
+
+    def test_where_they_have_no_effect(self):
+        for words, said in (
+            (("--io", "thread", "--only", "xen-emu"), "xen-emu measures none: leave it out, or add --only hyperv"), (("--io", "thread", "--only", "hyperv", "--disk", "ide"), "hyperv measures none"),
+            (("--latency", "1ms"), "--io thread or --io uring was expected, not inline"), (("--io", "inline,thread", "--latency", "1ms"), "not inline, which would keep the guest's processor"),
+            (("--list", "--io", "thread"), "nothing is measured"),
+        ):  # fmt: skip
+            with self.assertRaises(Problem) as raised:
+                bench.check(options(*words))
+            self.assertIn(said, str(raised.exception), words)
+            self.assertIs(raised.exception.code, Exit.USAGE)
+        for words, said in (
+            ({"platform": "kvm", "io": "thread"}, "--io thread is for the test host's disks"), ({"platform": "hyperv", "io": "later"}, "one of inline, thread, uring was expected"),
+            ({"platform": "hyperv", "latency": "1ms"}, "not inline"), ({"platform": "hyperv", "io": "uring", "latency": "1"}, "latency=1: a time"),
+        ):  # fmt: skip
+            with self.assertRaises(Problem) as raised:
+                machine.Machine("m", **words)
+            self.assertIn(said, str(raised.exception), words)
+
+    def test_they_reach_the_test_host_alone(self):
+        self.assertNotIn("--io", machine.Machine("m", "hyperv").test_host_job().arguments)
+        words = machine.Machine("m", "hyperv", io="uring", latency="exp:1ms").test_host_job().arguments
+        self.assertEqual((words[words.index("--io") + 1], words[words.index("--latency") + 1]), ("uring", "exp:1ms"))
+        asked = options("--io", "thread,uring", "--latency", "1ms", "--wait", "interrupt,poll", "--yardstick")
+        chosen = workloads.choose(["hyperv"])[0]
+        found = bench.guests(bench.sides_of(chosen), chosen, asked)
+        self.assertEqual(
+            [(one.name, one.io, one.latency) for one in found],
+            [("bench-hyperv-thread", "thread", "1ms"), ("bench-hyperv-poll-thread", "thread", "1ms"), ("bench-hyperv-uring", "uring", "1ms"), ("bench-hyperv-poll-uring", "uring", "1ms"),
+             ("bench-kvm", "", ""), ("bench-kvm-poll", "", ""), ("linux-hyperv-thread", "thread", "1ms"), ("linux-hyperv-uring", "uring", "1ms"), ("linux-kvm", "", "")],
+        )  # fmt: skip
+        self.assertGreater(found[0].timeout, bench.guests(bench.sides_of(chosen), chosen, options("--io", "thread"))[0].timeout + 1)
+
+    def job(self, io, rate, driver="storvsc"):
+        direction = {"iops": rate, "total_ios": 9, "bw_bytes": 1, "lat_ns": {"mean": 1e9 / rate, "percentile": {"50.000000": 1000, "99.000000": 2000}}}
+        counts = {f"{what}_per_io": 0.5 for what in ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations", "exits", "sleeps")}
+        extra = {"disk": "sda", "driver": driver, "kind": "synthetic", "io": io, "platform": "hyperv"}
+        extra |= {"setting": "libaio"} if driver.startswith("linux") else {"wait": "interrupt", **counts}
+        return {"jobname": "x", "read": direction, "write": {"iops": 0.0, "bw_bytes": 0, "total_ios": 0}, "job options": {"name": "randread", "rw": "randread", "bs": "4k", "iodepth": "1", "numjobs": "1"}, "firstlight": extra}
+
+    def test_tables(self):
+        ours = [self.job("inline", 30000.0), self.job("thread", 20000.0), self.job("uring", 16000.0)]
+        theirs = [self.job("inline", 15000.0, "linux-hv_storvsc"), self.job("thread", 16000.0, "linux-hv_storvsc"), self.job("thread", 12000.0, "linux-hv_storvsc")]
+        self.assertEqual(len(report.best(theirs)), 2)  # of one way to serve the fastest setting
+        with mock.patch.object(report, "terminal", return_value=None):
+            rows = [line.split() for line in report.by_io(ours, report.best(theirs)).splitlines()]
+            ratios = [line.split() for line in report.ratios(ours, report.best(theirs)).splitlines()]
+        common = "1.0 2.0 0.500 0.500 0.500 0.500"
+        self.assertEqual(rows[2:], [
+            f"sda storvsc randread 4k qd1 inline 30000 33.3 {common} 15000 66.7 2.00".split(), f"sda storvsc randread 4k qd1 thread 20000 50.0 {common} 16000 62.5 1.25".split(),
+            f"sda storvsc randread 4k qd1 uring 16000 62.5 {common} - - -".split(),
+        ])  # fmt: skip
+        self.assertIn("randread 4k qd1 thread 20000 - - 1.25 -".split(), ratios)
+        self.assertIn("randread 4k qd1 30000 - - 2.00 -".split(), ratios)
+        self.assertEqual(report.title(ours[1]), "randread 4k qd1 thread")
+        places = [str(fiojson.place(job)) for job in (*ours, *theirs[:2])]
+        self.assertEqual(len(set(places)), 5)
+        self.assertTrue(places[1].startswith("hyperv-sda-storvsc-thread/"), places)
+
+    def test_results_name_it(self):
+        host, qemu = workloads.COMPARISONS["hyperv"]
+        text = part("bench-xen-emu").replace('"disk":"xvda","driver":"xen_blk"', '"disk":"sda","driver":"storvsc"').replace('"disk":"xvda"', '"disk":"sda"')
+        text = "\n".join(line for line in text.splitlines() if '"disk":"nvme0n1"' not in line)
+        chosen = workloads.Chosen("hyperv", ["sda"], bench.asked(options(*CALL)))
+        described = bench.main_machine(host, chosen, options("--io", "uring", "--latency", "1ms"), io="uring")
+        with mock.patch.object(bench, "demand_phases"):
+            found = bench.our_jobs(launch.finished(described, nested.Outcome(33, text)), chosen, host, "wall")
+        self.assertEqual([(job["jobname"], job["firstlight"]["io"]) for job in found], [(f"sda-randread-4k-qd{qd}-uring", "uring") for qd in (1, 2)])
+        ready = types.SimpleNamespace(versions={"linux-image-6.1-amd64": "6.1-1", "qemu-system-x86": "10.0"})
+        said = io.StringIO()
+        with (
+            contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()), mock.patch.object(bench, "measure", return_value=found),
+            mock.patch.object(bench.launch, "place", return_value=launch.Place(True, "as asked")), mock.patch.object(bench, "revision", return_value="abc"),
+        ):  # fmt: skip
+            jobs = bench.compare(ready, chosen, options("--io", "uring", "--latency", "1ms"))
+        self.assertEqual({job["firstlight"]["latency"] for job in jobs}, {"1ms"})
+        self.assertIn("the test host's disks (sda): io=uring, latency=1ms\n", said.getvalue())
+        self.assertIn("who serves the disks, and what that is worth", said.getvalue())
+
+
 class Recorded(unittest.TestCase):
     """From the lab's output to the tables and the JSON."""
 
