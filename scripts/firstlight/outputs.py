@@ -68,6 +68,11 @@ OUTPUTS = {
     "wait": Output(
         "scripts/bench --only all --disk xen,virtio,nvme --workload randread,count=1000 --workload randread,qd=32,count=1000 --wait interrupt,poll,adaptive", first_and_last, 3600
     ),
+    "later": Output(
+        "scripts/bench --only hyperv --disk scsi --io inline,thread,uring --yardstick --workload randread,count=2000 --workload randwrite,count=2000 "
+        "--workload randread,qd=32,count=4000 --workload randwrite,qd=32,count=4000 --workload read,bs=128k,qd=8,count=500", tables, 3600
+    ),
+    "latency": Output("scripts/bench --only hyperv --disk scsi --io thread,uring --latency exp:100us --yardstick --workload randread,count=1000 --workload randread,qd=32,count=4000", tables, 3600),
     "cost": Output(f"scripts/cost {' '.join(f'--disk {bus}' for bus in DRIVERS)}", without_builds, 1800),
     "test": Output("scripts/test", whole_suites, 7200),
 }
@@ -109,7 +114,7 @@ def arguments() -> Parser:
     parser = Parser(
         prog="scripts/outputs",
         description="Run the commands that docs/OUTPUT.md shows and put there what they print. A command that fails changes nothing.",
-        epilog="It takes as long as the commands do: scripts/bench six times, scripts/cost and scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
+        epilog="It takes as long as the commands do: scripts/bench eight times, scripts/cost and scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--only", choices=tuple(OUTPUTS), action="append", default=[], help="only this output, several times (default: all)")
     parser.add_argument("--list", action="store_true", help="list the outputs and their commands")
