@@ -328,6 +328,14 @@ Instant Bench::time(const Executor& executor) {
     return time_;
 }
 
+namespace {
+/// The result is in its status.
+struct Awaited : BlockDevice::Transfer {
+    using Transfer::Transfer;
+    void await_resume() const {}
+};
+} // namespace
+
 Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
     const DmaSpan buffer = bench.buffers_[index].span().subspan(0, bench.workload_.bs);
     Executor& executor = disk.executor();
@@ -336,8 +344,8 @@ Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
     // One timestamp ends an I/O and begins the next one. All times of a report are elapsed time.
     Instant begun = bench.time(executor);
     while (bench.next(op, lba)) {
-        BlockDevice::Transfer transfer(disk, op, lba, buffer);
-        static_cast<void>(co_await transfer); // the result is in its status
+        Awaited transfer(disk, op, lba, buffer);
+        co_await transfer;
         const Instant now = bench.time(executor);
         bench.ended(transfer, begun, now);
         begun = --bench.until_thinktime_ == 0 ? bench.think(executor, now) : now;

@@ -110,14 +110,14 @@ class Request : public ReadyNode {
     Status status = Status::not_written;
     bool buffer_lost = false;
 
-    // For the queue alone [io.block_queue], from submit() to complete().
-    Request* link = nullptr;         // the next request in its list
-    u32 issued = 0;                  // bytes of the buffer that need no command any more
-    u32 parts = 0;                   // its unanswered commands
-    Instant begun = 0;               // time of submission, if it has a bound
-    Status part_status = Status::ok; // the first error of its commands
-    u8 resends = 0;                  // number of resends after a transport error
-    bool resend = false;             // to be resent alone after its last command is answered
+    // For the queue alone [io.block_queue], from submit(), which sets them, to complete().
+    u32 issued;         // bytes of the buffer that need no command any more
+    u32 parts;          // its unanswered commands
+    Status part_status; // the first error of its commands
+    u8 resends;         // number of resends after a transport error
+    bool resend;        // to be resent alone after its last command is answered
+    Request* link;      // the next request in its list, if it is in one
+    Instant begun;      // time of submission, if it has a bound
 
     inline bool pending() const { return pending_; }
     inline BlockDevice& device() const { return *device_; }
@@ -187,9 +187,13 @@ class BlockDevice {
         }
         const u32 within = geometry_.sector_size - 1; // a power of two
         const u64 sectors = request.buffer.size >> std::countr_zero(geometry_.sector_size);
-        if ((request.buffer.data == nullptr && has_data(request.op)) || request.buffer.size == 0 ||
-            ((request.buffer.size | request.buffer.bus) & within) != 0) [[unlikely]] {
+        if (request.buffer.size == 0 || ((request.buffer.size | request.buffer.bus) & within) != 0) [[unlikely]] {
             return Status::misaligned;
+        }
+        if (request.buffer.data == nullptr) [[unlikely]] {
+            if (has_data(request.op)) {
+                return Status::misaligned;
+            }
         }
         if (request.lba >= geometry_.sectors || sectors > geometry_.sectors - request.lba) [[unlikely]] {
             return Status::out_of_range;

@@ -103,12 +103,8 @@ struct Exchange {
 
 class QueuedDevice;
 
-/// A command sent to the device: part of a request, several whole adjacent requests, or an exchange.
-struct QueuedCommand {
-    QueuedDevice* device = nullptr;
-    Request* first = nullptr; // its requests, through Request::link; nullptr and no exchange: no waiter any more
-    Exchange* exchange = nullptr;
-    Op op = Op::read;
+/// What has happened to a command: one word, so that one store resets it.
+struct CommandState {
     Status refusal = Status::io_error;
     u8 retries = 0;
     bool gathered = false;   // contains several requests
@@ -117,10 +113,19 @@ struct QueuedCommand {
     bool reset = false;      // was with the device when that was asked to end all commands
     bool expired = false;    // caused the reset: not resent after it, and ends as timed_out
     bool late_write = false; // part of it has no waiter any more and may still reach the medium
-    u64 lba = 0;             // of its first sector
-    u32 offset = 0;          // of its data in the first request's buffer, in bytes
-    u32 bytes = 0;           // of data: total of all its requests
-    u64 number = 0;          // in order of issue, from 1, never reused; 0: an exchange
+};
+static_assert(sizeof(CommandState) == 8);
+
+/// A command sent to the device: part of a request, several whole adjacent requests, or an exchange.
+struct QueuedCommand : CommandState {
+    QueuedDevice* device = nullptr;
+    Request* first = nullptr; // its requests, through Request::link; nullptr and no exchange: no waiter any more
+    Exchange* exchange = nullptr;
+    u64 lba = 0;    // of its first sector
+    u32 offset = 0; // of its data in the first request's buffer, in bytes
+    u32 bytes = 0;  // of data: total of all its requests
+    u64 number = 0; // in order of issue, from 1, never reused; 0: an exchange
+    Op op = Op::read;
 
     inline DmaSpan data() const { return first->buffer.subspan(offset, bytes); } // not for gathered ones
 };
@@ -378,15 +383,21 @@ class QueueCore : public Service {
     bool blocked(const QueuedDevice& disk, const Request& request);
     bool retry(u64 id, QueuedCommand& command, Retry how);
     void end_late(u64 id, QueuedCommand& command, bool safe);
-    inline void end_part(Request& request, Status status) {
+    /// One of the request's commands has ended. `at_once`: its waiter is made ready here, not by complete_done().
+    inline void end_part(Request& request, Status status, bool at_once = false) {
         if (status != Status::ok) [[unlikely]] {
             note_error(request, status);
         }
-        if (--request.parts != 0 || request.issued != request.buffer.size) {
+        if (--request.parts != 0 || request.issued != request.buffer.size) [[unlikely]] {
             return;
         }
-        if (request.resend && request.part_status == Status::ok) [[unlikely]] {
-            requeue(request);
+        if (request.resend) [[unlikely]] {
+            if (request.part_status == Status::ok) {
+                return requeue(request);
+            }
+        }
+        if (at_once) {
+            complete(request, request.part_status);
         } else {
             done_.push(request);
         }
@@ -514,19 +525,28 @@ class BlockQueue : public QueueCore {
     enum class Issued : u8 { all, some, none };
 
     Issued issue(QueuedDevice& disk, Request& request, RequestQueue* from, bool alone);
-    /// issue() for a request in no list, compiled for that.
+    Issued issue_part(QueuedDevice& disk, Request& request, RequestQueue* from, bool alone);
+    /// issue() for a request in no list, which usually needs one command.
     [[gnu::always_inline]] inline Issued issue_new(QueuedDevice& disk, Request& request) {
-        [[clang::always_inline]] return issue(disk, request, nullptr, false);
+        const Issued first = issue_part(disk, request, nullptr, false);
+        if (first != Issued::some) [[likely]] {
+            return first;
+        }
+        const Issued others = issue(disk, request, nullptr, false);
+        return others == Issued::none ? first : others;
     }
+    bool drop(u64 id, Command& command, Fit fit);
+    void undo(u64 id, Command& command, SendResult sent, RequestQueue* from);
     void gather(Command& command, RequestQueue& from)
         requires(T::gathers);
     bool submit_waiting() override;
     /// Whether the request must wait for an abandoned write.
     inline bool must_wait(const QueuedDevice& disk, const Request& request) {
         return (late_writes_ != 0 && blocked(disk, request)) ||
-               (transport_.late_writes_elsewhere(late_writes_) && changes_medium(request.op));
+               (changes_medium(request.op) && transport_.late_writes_elsewhere(late_writes_));
     }
     void take(const Completion& completion);
+    void end_exchange(const Completion& completion, Command& command);
     void end_command(u64 id, Command& command, Status status);
 
     SendResult transport_send(QueuedCommand& command, u64 id) override {
@@ -605,69 +625,85 @@ inline void BlockQueue<T>::submit(QueuedDevice& disk, Request& request) {
 /// Sends as much of the request as there is room for. `from`: the list whose head it is; it is removed once fully
 /// sent; nullptr: none. `alone`: no adjacent requests are gathered.
 template <class T>
-inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& request, RequestQueue* from,
-                                                  bool alone) {
-    Issued result = Issued::none;
-    for (;;) {
-        if (table_.size() >= T::max_commands - T::reserved_commands || must_wait(disk, request)) [[unlikely]] {
-            return result;
+[[gnu::noinline]] BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& request, RequestQueue* from,
+                                                             bool alone) {
+    for (Issued result = Issued::none;; result = Issued::some) {
+        const Issued part = issue_part(disk, request, from, alone);
+        if (part != Issued::some) {
+            return part == Issued::none ? result : part;
         }
-        const u64 id = *table_.take();
-        Command& command = table_[id];
-        command.device = &disk;
-        command.first = &request;
-        command.exchange = nullptr;
-        command.op = request.op;
-        command.offset = request.issued;
-        command.bytes = request.buffer.size - request.issued;
-        command.lba = request.lba + (request.issued >> disk.sector_shift_);
-        command.retries = 0;
-        command.gathered = command.partial = command.delayed = false;
-        command.reset = command.expired = command.late_write = false;
-        if (const Fit fit = transport_.prepare(command); fit != Fit::ok) [[unlikely]] {
-            command.first = nullptr;
-            table_.free(id);
-            if (fit == Fit::full) {
-                return result;
+    }
+}
+
+/// Sends the request's next command. Some: it needs another one.
+template <class T>
+[[gnu::always_inline]] inline BlockQueue<T>::Issued BlockQueue<T>::issue_part(QueuedDevice& disk, Request& request,
+                                                                              RequestQueue* from, bool alone) {
+    if (table_.free_slots() <= T::reserved_commands || must_wait(disk, request)) [[unlikely]] {
+        return Issued::none;
+    }
+    const u64 id = table_.take_free();
+    Command& command = table_[id];
+    const u32 offset = request.issued;
+    static_cast<CommandState&>(command) = {};
+    command.device = &disk;
+    command.first = &request;
+    command.exchange = nullptr;
+    command.op = request.op;
+    command.offset = offset;
+    command.bytes = request.buffer.size - offset;
+    command.lba = request.lba + (offset >> disk.sector_shift_);
+    if (const Fit fit = transport_.prepare(command); fit != Fit::ok) [[unlikely]] {
+        return drop(id, command, fit) ? Issued::all : Issued::none;
+    }
+    command.number = ++issued_;
+    const u32 end = offset + command.bytes;
+    request.issued = end;
+    ++request.parts;
+    const bool whole = end == request.buffer.size;
+    if (whole && from != nullptr) {
+        static_cast<void>(from->pop());
+        --parked_;
+        if constexpr (T::gathers) {
+            if (!alone && command.offset == 0) {
+                gather(command, *from);
             }
-            refuse(request, command.refusal);
-            return Issued::all;
         }
-        command.number = ++issued_;
-        request.issued += command.bytes;
-        ++request.parts;
-        const bool whole = request.issued == request.buffer.size;
-        if (whole && from != nullptr) {
-            static_cast<void>(from->pop());
-            --parked_;
-            if constexpr (T::gathers) {
-                if (!alone && command.offset == 0) {
-                    gather(command, *from);
-                }
-            }
-        }
-        const SendResult sent = transport_.send(command, id);
-        if (sent != SendResult::sent) [[unlikely]] {
-            if (sent == SendResult::broken) {
-                fail(transport_.fault());
-                return result;
-            }
-            request.issued -= command.bytes;
-            --request.parts;
-            static_cast<void>(transport_.finish(command, Status::cancelled));
-            command.first = nullptr;
-            table_.free(id);
-            if (whole && from != nullptr) {
-                from->push_front(request);
-                ++parked_;
-            }
-            return result;
-        }
-        current_ = &disk;
-        result = Issued::some;
-        if (whole) {
-            return Issued::all;
-        }
+    }
+    if (const SendResult sent = transport_.send(command, id); sent != SendResult::sent) [[unlikely]] {
+        undo(id, command, sent, whole ? from : nullptr);
+        return Issued::none;
+    }
+    current_ = &disk;
+    return whole ? Issued::all : Issued::some;
+}
+
+/// The command does not fit. True: it never will, and its request has been refused.
+template <class T>
+[[gnu::noinline, clang::minsize]] bool BlockQueue<T>::drop(u64 id, Command& command, Fit fit) {
+    Request& request = *std::exchange(command.first, nullptr);
+    table_.free(id);
+    if (fit == Fit::refused) {
+        refuse(request, command.refusal);
+    }
+    return fit == Fit::refused;
+}
+
+/// The command was not sent: its request is as before. `from`: the list whose head that was.
+template <class T>
+[[gnu::noinline, clang::minsize]] void BlockQueue<T>::undo(u64 id, Command& command, SendResult sent,
+                                                           RequestQueue* from) {
+    if (sent == SendResult::broken) {
+        return fail(transport_.fault());
+    }
+    static_cast<void>(transport_.finish(command, Status::cancelled));
+    Request& request = *std::exchange(command.first, nullptr);
+    table_.free(id);
+    request.issued -= command.bytes;
+    --request.parts;
+    if (from != nullptr) {
+        from->push_front(request);
+        ++parked_;
     }
 }
 
@@ -779,12 +815,8 @@ bool BlockQueue<T>::drain() {
 template <class T>
 [[gnu::always_inline]] inline void BlockQueue<T>::take(const Completion& completion) {
     Command& command = table_[completion.id];
-    if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) [[unlikely]] {
-        static_cast<void>(transport_.finish(command, completion.status));
-        table_.free(completion.id);
-        exchange->answered = true;
-        exchange->done.open();
-        return;
+    if (command.exchange != nullptr) [[unlikely]] {
+        return end_exchange(completion, command);
     }
     answered_ += command.number != 0 ? 1 : 0;
     if (completion.retry != Retry::none && command.first != nullptr && retry(completion.id, command, completion.retry))
@@ -792,6 +824,15 @@ template <class T>
         return;
     }
     end_command(completion.id, command, completion.status);
+}
+
+template <class T>
+[[gnu::noinline, clang::minsize]] void BlockQueue<T>::end_exchange(const Completion& completion, Command& command) {
+    Exchange* const exchange = std::exchange(command.exchange, nullptr);
+    static_cast<void>(transport_.finish(command, completion.status));
+    table_.free(completion.id);
+    exchange->answered = true;
+    exchange->done.open();
 }
 
 /// Called when the device no longer holds the command.
@@ -806,18 +847,18 @@ template <class T>
         }
     }
     current_ = command.device;
-    if (command.gathered && status != Status::ok) [[unlikely]] { // any one of them may have failed
+    if (T::gathers && command.gathered && status != Status::ok) [[unlikely]] { // any one of them may have failed
         command.first = request;
         requeue_all(command);
         table_.free(id);
         return;
     }
     for (Request* following = nullptr; request != nullptr; request = following) {
-        following = command.gathered ? request->link : nullptr;
+        following = T::gathers && command.gathered ? request->link : nullptr;
         if (!safe) [[unlikely]] {
             quarantine_buffer(id, *command.device, *request);
         }
-        end_part(*request, status);
+        end_part(*request, status, parked_ == 0); // else the device gets the waiting ones first
     }
     table_.free(id);
 }

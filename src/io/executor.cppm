@@ -393,7 +393,10 @@ class Executor {
     void lower(Service& service);
     void run_ticks(Instant time);
     inline void check_processor() const {
-        check(this_processor() == processor_, "an executor's services and coroutines are touched on its own processor");
+        if constexpr (checks_enabled) { // reading the processor's number costs an instruction
+            check(this_processor() == processor_,
+                  "an executor's services and coroutines are touched on its own processor");
+        }
     }
     bool arm_all();
     bool keeps_polling() const;

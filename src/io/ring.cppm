@@ -23,7 +23,8 @@ export namespace fl::io {
 
 // ---- positions ----
 
-/// How positions count. Word is the type in shared memory. distance(a, b): entries from a to b. contains(): whether a
+/// How positions count. Word is the type in shared memory. distance(a, b): entries from a to b, in_one_piece(a, b): of
+/// these, as far as they do not wrap around. contains(): whether a
 /// word received from the peer can be a position at all.
 template <class P>
 concept RingPositions =
@@ -31,6 +32,7 @@ concept RingPositions =
         { p.valid() } -> std::same_as<bool>;
         { p.contains(a) } -> std::same_as<bool>;
         { p.distance(a, a) } -> std::same_as<u32>;
+        { p.in_one_piece(a, a) } -> std::same_as<u32>;
         { p.advance(a, n) } -> std::same_as<typename P::Word>;
         { p.slot(a) } -> std::same_as<u32>;
         { p.size() } -> std::same_as<u32>;
@@ -50,6 +52,7 @@ class FreeRunning {
     }
     constexpr bool contains(W) const { return true; }
     constexpr u32 distance(W from, W to) const { return static_cast<W>(to - from); }
+    constexpr u32 in_one_piece(W from, W to) const { return std::min(distance(from, to), size_ - slot(from)); }
     constexpr W advance(W at, u32 n) const { return static_cast<W>(at + n); }
     constexpr u32 slot(W at) const { return at & (size_ - 1); }
     constexpr u32 size() const { return size_; }
@@ -72,6 +75,7 @@ class Wrapped {
     constexpr bool valid() const { return size_ >= 2 && size_ <= (u32{std::numeric_limits<W>::max()} >> 1) + 1; }
     constexpr bool contains(W at) const { return at < size_; }
     constexpr u32 distance(W from, W to) const { return to >= from ? u32{to} - from : u32{to} + size_ - from; }
+    constexpr u32 in_one_piece(W from, W to) const { return (to >= from ? u32{to} : size_) - from; }
     constexpr W advance(W at, u32 n) const { // n <= size
         const u32 sum = u32{at} + n;
         return static_cast<W>(sum >= size_ ? sum - size_ : sum);
@@ -306,6 +310,13 @@ class Producer {
     [[gnu::always_inline]] inline bool produce(const T& entry) {
         return produce(std::span(reinterpret_cast<const std::byte*>(&entry), sizeof(T)));
     }
+    /// For entries of whole words at offsets of whole words: produces an entry, for which the caller has found room.
+    /// `write` must call its put(u64) for each word in use, in order: one store each.
+    template <class F>
+    [[gnu::always_inline]] inline void produce_words(const F& write) {
+        write(Words<false>(*this, positions_.slot(produced_) * layout_.stride));
+        produced_ = positions_.advance(produced_, 1);
+    }
     /// For a byte ring: copies all bytes, wrapping around if necessary; false: not enough room, nothing written.
     bool append(std::span<const std::byte> bytes) {
         if (layout_.stride != 1 || bytes.size() > free()) [[unlikely]] {
@@ -322,7 +333,7 @@ class Producer {
     /// For a byte ring in which everything is whole words of 8 bytes, its size, its entries' offset and every record:
     /// produces `bytes` bytes, for which the caller has found room (free()). `write` is called once with a writer, and
     /// must call its put(u64) for each word, in order: one store each. It is compiled twice, for a record that wraps
-    /// around as well.
+    /// around as well, and should hold what it needs by value: then that is in registers here.
     template <class F>
     [[gnu::always_inline]] inline void record(u32 bytes, const F& write) {
         const u32 at = positions_.slot(produced_);
@@ -400,7 +411,7 @@ class Producer {
         usize end_;
     };
     template <class F>
-    [[gnu::noinline, clang::minsize]] void record_around(u32 at, const F& write) {
+    [[gnu::noinline, clang::minsize]] void record_around(u32 at, F write) {
         write(Words<true>(*this, at));
     }
 
@@ -500,6 +511,18 @@ class Consumer {
     [[gnu::always_inline]] inline bool take(T& entry) {
         return take(std::span(reinterpret_cast<std::byte*>(&entry), sizeof(T)));
     }
+    /// For entries as Producer::produce_words(): takes an entry, which the caller has found ready, and copies its first
+    /// words out.
+    template <usize words>
+    [[gnu::always_inline]] inline std::array<u64, words> take_words() {
+        const Piece entry(memory_, layout_.entries + usize{positions_.slot(consumed_)} * layout_.stride);
+        std::array<u64, words> found;
+        for (u32 i = 0; i < words; ++i) {
+            found[i] = entry.word(i);
+        }
+        consumed_ = positions_.advance(consumed_, 1);
+        return found;
+    }
     /// For a byte ring: copies the next bytes out, wrapping around if necessary; false: fewer are ready, nothing taken.
     bool remove(std::span<std::byte> bytes) { return peek(0, bytes) && skip(static_cast<u32>(bytes.size())); }
     /// The same without taking them, and from the `from`-th of the next bytes on: skip() then takes a whole record at
@@ -524,6 +547,30 @@ class Consumer {
         u64 word;
         memory_.copy_out(at, reinterpret_cast<std::byte*>(&word), 8);
         return word;
+    }
+    /// The next bytes of such a ring, in one piece; nothing has been taken.
+    class Piece {
+      public:
+        /// The `index`-th word. The peer may change it at any time: to be read once.
+        [[gnu::always_inline]] inline u64 word(u32 index) const {
+            u64 word;
+            __builtin_assume(at_ % 8 == 0);
+            memory_.copy_out(at_ + 8 * usize{index}, reinterpret_cast<std::byte*>(&word), 8);
+            return word;
+        }
+
+      private:
+        friend Consumer;
+        Piece(const M& memory, usize at) : memory_(memory), at_(at) {}
+        const M& memory_;
+        usize at_;
+    };
+    /// nullopt: fewer are ready, or they wrap around.
+    [[gnu::always_inline]] inline std::optional<Piece> piece(u32 bytes) const {
+        if (positions_.in_one_piece(consumed_, seen_) < bytes) [[unlikely]] {
+            return std::nullopt;
+        }
+        return Piece(memory_, layout_.entries + positions_.slot(consumed_));
     }
     /// Skips `count` entries or bytes; false: fewer are ready.
     inline bool skip(u32 count) {

@@ -15,37 +15,36 @@ class SlotIndex {
     SlotIndex& operator=(const SlotIndex&) = delete;
 
     /// Takes a free slot and returns its id; nullopt: all are taken.
-    constexpr std::optional<Id> take() {
-        if (free_count_ == 0) {
-            return std::nullopt;
-        }
+    constexpr std::optional<Id> take() { return free_count_ == 0 ? std::nullopt : std::optional(take_free()); }
+    /// The same when the caller knows that one is free [free_slots()].
+    constexpr Id take_free() {
         const u16 slot = free_[--free_count_];
-        generations_[slot] |= taken;
-        return id_of(slot);
+        return slot | ++generations_[slot] << 16;
     }
     /// Frees the slot of `id`, which must be taken.
     constexpr void free(Id id) {
         const u16 slot = slot_of(id);
-        generations_[slot] = (generations_[slot] & ~taken) + 1;
+        ++generations_[slot];
         free_[free_count_++] = slot;
     }
     /// Retires `id`, which must be taken, and returns a new id for the same slot.
     constexpr Id renew(Id id) {
         const u16 slot = slot_of(id);
-        generations_[slot] += 1;
+        generations_[slot] += 2;
         return id_of(slot);
     }
     /// Whether an id received from outside is currently taken: not unknown, repeated or retired.
     constexpr bool has(Id id) const {
         const u64 slot = id & 0xffff;
-        return slot < capacity_ && generations_[slot] == ((id >> 16) | taken);
+        return slot < capacity_ && generations_[slot] == id >> 16 && (id & first_taken) != 0;
     }
     /// The same for a ring that carries only the slot.
-    constexpr bool has_slot(u64 slot) const { return slot < capacity_ && (generations_[slot] & taken) != 0; }
+    constexpr bool has_slot(u64 slot) const { return slot < capacity_ && (generations_[slot] & 1) != 0; }
     static constexpr u16 slot_of(Id id) { return static_cast<u16>(id & 0xffff); }
-    constexpr Id id_of(u16 slot) const { return slot | (generations_[slot] & ~taken) << 16; }
+    constexpr Id id_of(u16 slot) const { return slot | generations_[slot] << 16; }
 
     constexpr usize size() const { return capacity_ - free_count_; }
+    constexpr usize free_slots() const { return free_count_; }
     constexpr bool full() const { return free_count_ == 0; }
     constexpr bool empty() const { return free_count_ == capacity_; }
     constexpr usize capacity() const { return capacity_; }
@@ -59,15 +58,15 @@ class SlotIndex {
         free_ = free;
         capacity_ = free_count_ = capacity;
         for (u32 i = 0; i < capacity; ++i) {
-            generations_[i] = 1;
+            generations_[i] = 0;
             free_[i] = static_cast<u16>(capacity - 1 - i);
         }
     }
 
   private:
-    static constexpr u64 taken = u64{1} << 63; // above the 48-bit generation
+    static constexpr Id first_taken = 1 << 16; // the lowest bit of the generation
 
-    u64* generations_ = nullptr;
+    u64* generations_ = nullptr; // odd while the slot is taken: each take() and free() counts it up
     u16* free_ = nullptr;
     u32 capacity_ = 0;
     u32 free_count_ = 0;

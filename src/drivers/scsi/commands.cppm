@@ -62,10 +62,14 @@ class LogicalUnit {
         return limit_other(command);
     }
 
+    /// Whether build_io() makes it a READ(10) or WRITE(10).
+    inline bool is_short(const io::QueuedCommand& command) const { return io_10_ && reaches_10(command); }
+    inline u32 blocks_of(const io::QueuedCommand& command) const { return command.bytes >> block_shift_; }
+
     /// Builds the CDB of a read or write in place; `cdb` must be zeroed. Returns its length in bytes.
     inline u8 build_io(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const {
         const bool write = command.op == io::Op::write;
-        form.short_cdb = io_10_ && reaches_10(command);
+        form.short_cdb = is_short(command);
         if (form.short_cdb) [[unlikely]] {
             build_io_10(cdb, command);
             return 10;

@@ -1,4 +1,6 @@
 // What the host sends: checks and decoding of completions and of its own packets. Nothing of them is trusted.
+module;
+#include <cstddef>
 export module drivers.storvsc.answer;
 import core.std;
 import core.result;
@@ -6,14 +8,24 @@ import io.block;
 import io.block_queue;
 import hv.hyperv.channel;
 import drivers.scsi.commands;
+import drivers.storvsc.queue;
 export import drivers.storvsc.protocol;
 
 export namespace fl::drivers::storvsc {
 
-/// Copies the payload of a completion to `answer`. `srb`: it answers EXECUTE_SRB, and has then the length that the
-/// version defines, and at most `most` bytes of data. False: it violates the protocol, as `fault` says.
-inline bool decode(std::span<const std::byte> payload, Version version, bool srb, u32 most, Packet& answer,
-                   std::optional<Error>& fault) {
+/// The most bytes of data that the answer to a command may report.
+inline u32 most_data(const io::QueuedCommand& command) {
+    const bool unmap = command.exchange == nullptr && command.op == io::Op::discard;
+    return std::max(command.bytes, unmap ? scsi::unmap_list_bytes : 0u);
+}
+
+/// Copies the payload of a completion to `answer`. An answer to EXECUTE_SRB has the length that the version defines,
+/// and at most most_data(). False: it violates the protocol, as `fault` says.
+inline bool decode(std::span<const std::byte> payload, Version version, const io::QueuedCommand& command,
+                   Packet& answer, std::optional<Error>& fault) {
+    const auto* exchange = static_cast<const Exchange*>(command.exchange);
+    const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
+    const u32 most = most_data(command);
     // Before version negotiation a host may answer with either length, even to a packet without an SRB [storvsc].
     const u32 length = packet_bytes(version);
     if (srb ? payload.size() != length : payload.size() < sizeof(PacketHeader)) [[unlikely]] {
@@ -40,12 +52,6 @@ inline bool decode(std::span<const std::byte> payload, Version version, bool srb
     return true;
 }
 
-/// The most bytes of data that the answer to a command may report.
-inline u32 most_data(const io::QueuedCommand& command) {
-    const bool unmap = command.exchange == nullptr && command.op == io::Op::discard;
-    return std::max(command.bytes, unmap ? scsi::unmap_list_bytes : 0u);
-}
-
 /// The unit has done the whole command. Otherwise response_of() must be judged.
 inline bool succeeded(const ScsiRequest& srb, const io::QueuedCommand& command) {
     const SrbStatus status = srb_status_of(srb.srb_status);
@@ -55,17 +61,25 @@ inline bool succeeded(const ScsiRequest& srb, const io::QueuedCommand& command) 
 }
 
 /// The usual answer, found by one look: to a read or write, of the whole length, and all of it done. It violates no
-/// rule and needs no decode(), which finds the same. `payload`: the guest's own copy, aligned to 8 bytes.
-[[gnu::always_inline]] inline bool all_done(std::span<const std::byte> payload, Version version,
-                                            const io::QueuedCommand& command) {
-    if (payload.size() != sizeof(Packet) || packet_bytes(version) != sizeof(Packet)) [[unlikely]] {
-        return false;
-    }
-    const auto& answer = *reinterpret_cast<const Packet*>(payload.data());
-    return answer.header.operation == Operation::complete_io && command.exchange == nullptr &&
-           io::has_data(command.op) && answer.srb.scsi_status == scsi::status_good &&
-           srb_status_of(answer.srb.srb_status) == SrbStatus::success &&
-           answer.srb.data_transfer_length == command.bytes;
+/// rule and needs no decode(), which finds the same. `packet`: its word(i) is the i-th word of a whole packet.
+template <class Words>
+[[gnu::always_inline]] inline bool all_done(const Words& packet, const io::QueuedCommand& command) {
+    static_assert(offsetof(Packet, srb.srb_status) == 14 && offsetof(Packet, srb.scsi_status) == 15 &&
+                  offsetof(Packet, srb.data_transfer_length) == 24);
+    const u64 statuses = packet.word(1) >> 48;
+    return static_cast<u32>(packet.word(0)) == to_underlying(Operation::complete_io) &&
+           srb_status_of(static_cast<u8>(statuses)) == SrbStatus::success && statuses >> 8 == scsi::status_good &&
+           static_cast<u32>(packet.word(3)) == command.bytes && command.exchange == nullptr && io::has_data(command.op);
+}
+
+/// Takes the next packet if it is the usual answer to one of `commands`, whose id it then has. Other: nothing was done.
+template <class Commands>
+[[gnu::always_inline]] inline hv::hyperv::Look take_done(PacketQueue& packets, Commands& commands, u64& id) {
+    return packets.take_completion([&](u64 transaction, const auto& packet) __attribute__((always_inline)) {
+        const auto* command = commands.find(transaction);
+        id = transaction;
+        return command != nullptr && !command->delayed && all_done(packet, *command);
+    });
 }
 
 /// A packet that is not a completion. True: the units have changed, and must be scanned again. Error{protocol}: not a

@@ -21,7 +21,15 @@ void Transport::start(io::Executor& executor, DmaSpan lists, Nanoseconds timeout
 
 inline io::Fit Transport::prepare(Command& command) { return command.disk().commands_.limit(command); }
 
-io::SendResult Transport::send(Command& command, u64 id) {
+[[gnu::always_inline]] inline io::SendResult Transport::send(Command& command, u64 id) {
+    if (command.exchange == nullptr && packets_.has_whole_packets() && command.disk().commands_.is_usual(command)) {
+        command.wire.short_cdb = false;
+        return packets_.send_words(command.disk().commands_.transfer(command), command.data(), id);
+    }
+    return send_other(command, id);
+}
+
+io::SendResult Transport::send_other(Command& command, u64 id) {
     if (command.exchange != nullptr) [[unlikely]] {
         const auto& exchange = static_cast<const Exchange&>(*command.exchange);
         command.bytes = exchange.data.size;
@@ -31,7 +39,7 @@ io::SendResult Transport::send(Command& command, u64 id) {
     const UnitCommands& unit = command.disk().commands_;
     Packet packet;
     unit.build(packet, command, command.wire);
-    if (command.op <= io::Op::write) [[likely]] {
+    if (command.op <= io::Op::write) {
         return packets_.send(packet, command.data(), id);
     }
     if (command.op != io::Op::discard) {
@@ -49,12 +57,19 @@ inline Result<void> Transport::publish(io::Counters& counters) {
 // ---- answers ----
 
 [[gnu::always_inline]] inline io::Next Transport::next(io::Completion& completion) {
+    using enum hv::hyperv::Look;
+    const auto look = take_done(packets_, *commands_, completion.id);
+    reset_.received(look == taken);
+    return look == taken ? io::Next::one : look == none ? io::Next::none : next_other(completion);
+}
+
+io::Next Transport::next_other(io::Completion& completion) {
     hv::hyperv::Packet packet;
     for (;;) {
         if (const io::Next taken = packets_.take(packet); taken != io::Next::one) {
             return taken;
         }
-        reset_.received();
+        reset_.received(true);
         if (packet.type == hv::hyperv::PacketType::completion) [[likely]] {
             return complete(packet, completion);
         }
@@ -68,44 +83,30 @@ inline Result<void> Transport::publish(io::Counters& counters) {
     }
 }
 
-[[gnu::always_inline]] inline io::Next Transport::complete(const hv::hyperv::Packet& packet,
-                                                           io::Completion& completion) {
-    const u64 id = packet.transaction;
+io::Next Transport::complete(const hv::hyperv::Packet& packet, io::Completion& completion) {
+    const u64 id = completion.id = packet.transaction;
     Command* command = commands_->find(id);
     if (command == nullptr || command->delayed) [[unlikely]] {
         return broken({Code::protocol,
                        "a completion carries a transaction id that is not in flight (unknown, repeated or retired)", 0,
                        id});
     }
-    completion.id = id;
-    if (all_done(packet.payload, packets_.terms().version, *command)) [[likely]] {
-        return io::Next::one;
-    }
-    auto* exchange = static_cast<Exchange*>(command->exchange);
-    const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
     Packet answer;
-    if (!decode(packet.payload, packets_.terms().version, srb, most_data(*command), answer, fault_)) [[unlikely]] {
+    if (!decode(packet.payload, packets_.terms().version, *command, answer, fault_)) [[unlikely]] {
         return io::Next::broken;
     }
-    if (exchange != nullptr) {
-        exchange->packet = answer;
-    } else if (!succeeded(answer.srb, *command)) {
-        completion = judge(id, *command, answer);
+    if (command->exchange != nullptr) {
+        static_cast<Exchange*>(command->exchange)->packet = answer;
+    } else if (!succeeded(answer.srb, *command) && command->first != nullptr) { // else its request has ended already
+        Disk& disk = command->disk();
+        const scsi::Verdict verdict = disk.commands_.judge(
+            *command, command->wire, response_of(answer.srb, packets_.terms().version), disk.identity().name);
+        completion = {id, verdict.status, verdict.retry};
+        if (verdict.rescan) {
+            reset_.request_rescan();
+        }
     }
     return io::Next::one;
-}
-
-io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) {
-    if (command.first == nullptr) [[unlikely]] { // a late answer: the request has already ended
-        return {id};
-    }
-    Disk& disk = command.disk();
-    const scsi::Verdict verdict = disk.commands_.judge(
-        command, command.wire, response_of(packet.srb, packets_.terms().version), disk.identity().name);
-    if (verdict.rescan) {
-        reset_.request_rescan();
-    }
-    return {id, verdict.status, verdict.retry};
 }
 
 // ---- recovery ----

@@ -65,8 +65,9 @@ class Transport : public io::GroupedTransport {
     void closed(bool stopped);
 
   private:
+    [[gnu::noinline]] io::SendResult send_other(Command& command, u64 id); // all but reads and writes that succeed
+    [[gnu::noinline]] io::Next next_other(io::Completion& completion);
     io::Next complete(const hv::hyperv::Packet& packet, io::Completion& completion);
-    [[gnu::noinline]] io::Completion judge(u64 id, Command& command, const Packet& packet); // off the fast path
     io::Next broken(const Error& why) {
         fault_ = why;
         return io::Next::broken;

@@ -206,6 +206,7 @@ struct Packet {
     ScsiRequest srb;
 };
 static_assert(sizeof(Packet) == 64 && offsetof(Packet, srb) == 12);
+using PacketWords = std::array<u64, sizeof(Packet) / 8>;
 
 /// Length of the SRB, and of the packet, on the wire, in bytes.
 constexpr u32 srb_bytes(Version version) { return version >= Version::win8 ? 0x34 : 0x24; }

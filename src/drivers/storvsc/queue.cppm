@@ -45,12 +45,15 @@ class PacketQueue {
 
     /// Sends a packet whose data the host reads or writes until it completes the packet. The host sees it after
     /// publish(). Full: no room now; broken: see fault().
-    [[gnu::always_inline]] inline io::SendResult send(const Packet& packet, DmaSpan data, u64 id) {
-        if (packet_bytes(terms_.version) != sizeof packet) [[unlikely]] {
-            return send_short(packet, data, id);
-        }
-        return result(channel_.send_gpa_direct(std::as_bytes(std::span<const Packet, 1>(&packet, 1)), data, id));
+    [[gnu::noinline, clang::minsize]] io::SendResult send(const Packet& packet, DmaSpan data, u64 id) {
+        return result(channel_.send_gpa_direct(on_wire(packet), data, id));
     }
+    /// The same for a packet of whole length that puts its words. Only if has_whole_packets().
+    template <hv::hyperv::PayloadWords Words>
+    [[gnu::always_inline]] inline io::SendResult send_words(const Words& packet, DmaSpan data, u64 id) {
+        return result(channel_.send_gpa_direct(packet, data, id));
+    }
+    inline bool has_whole_packets() const { return packet_bytes(terms_.version) == sizeof(Packet); }
     /// The same without data.
     inline io::SendResult send(const Packet& packet, u64 id) {
         return result(channel_.send_inband(on_wire(packet), id, true));
@@ -68,17 +71,24 @@ class PacketQueue {
             return io::Next::broken;
         }
         if (!*got) {
-            if (std::exchange(unreleased_, false)) {
-                channel_.release();
-            }
+            note_end();
             return io::Next::none;
         }
-        unreleased_ = true;
-        if (armed_) {
-            channel_.disarm(); // polled while there is work
-            armed_ = false;
-        }
+        note_taken();
         return io::Next::one;
+    }
+    /// Takes the next packet if it is a completion of whole length that `accept` takes
+    /// [hv.hyperv.packets take_completion]. Other: nothing was done: take() it.
+    template <class F>
+    [[gnu::always_inline]] inline hv::hyperv::Look take_completion(const F& accept) {
+        using enum hv::hyperv::Look;
+        const auto look = has_whole_packets() ? channel_.take_completion<sizeof(Packet) / 8>(accept) : other;
+        if (look == taken) [[likely]] {
+            note_taken();
+        } else if (look == none) {
+            note_end();
+        }
+        return look;
     }
     /// Requests an event for the next packet. True: one is there already.
     [[gnu::always_inline]] inline Result<bool> arm() {
@@ -114,11 +124,20 @@ class PacketQueue {
     inline std::span<const std::byte> on_wire(const Packet& packet) const {
         return std::as_bytes(std::span<const Packet, 1>(&packet, 1)).first(packet_bytes(terms_.version));
     }
+    inline void note_end() {
+        if (std::exchange(unreleased_, false)) {
+            channel_.release();
+        }
+    }
+    [[gnu::always_inline]] inline void note_taken() {
+        unreleased_ = true;
+        if (armed_) {
+            channel_.disarm(); // polled while there is work
+            armed_ = false;
+        }
+    }
     [[gnu::always_inline]] inline io::SendResult result(hv::hyperv::Sent sent) {
         return sent == hv::hyperv::Sent::queued ? io::SendResult::sent : not_sent(sent);
-    }
-    [[gnu::noinline, clang::minsize]] io::SendResult send_short(const Packet& packet, DmaSpan data, u64 id) {
-        return result(channel_.send_gpa_direct(on_wire(packet), data, id));
     }
     [[gnu::noinline]] io::SendResult not_sent(hv::hyperv::Sent sent) {
         if (sent == hv::hyperv::Sent::full) {

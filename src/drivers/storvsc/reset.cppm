@@ -68,7 +68,7 @@ class BusReset {
         return std::nullopt;
     }
     /// The host has sent a packet of any kind.
-    inline void received() { ++received_; }
+    inline void received(bool one) { received_ += one ? 1 : 0; }
     /// Adds the packets received to those of all queues.
     void count() {
         shared_.received.fetch_add(received_ - std::exchange(counted_, received_), std::memory_order_relaxed);

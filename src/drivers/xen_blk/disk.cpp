@@ -51,11 +51,19 @@ inline io::Fit Transport::prepare(Command& command) {
     return requests_.fit(command, command.wire, commands_->size() > 1); // this command is already counted
 }
 
-io::SendResult Transport::send(Command& command, u64 id) {
-    Slot slot;
-    ring_.add(requests_.encode(slot, command, command.wire, id));
+[[gnu::always_inline]] inline io::SendResult Transport::send(Command& command, u64 id) {
+    if (requests_.is_one_page(command, command.wire)) [[likely]] {
+        ring_.add(requests_.encode_one(command, command.wire, id));
+    } else {
+        send_other(command, id);
+    }
     pacing_.sent(command.offset == 0);
     return io::SendResult::sent;
+}
+
+void Transport::send_other(Command& command, u64 id) {
+    Slot slot;
+    ring_.add(requests_.encode(slot, command, command.wire, id));
 }
 
 inline Result<void> Transport::publish(io::Counters& counters) {
@@ -114,10 +122,10 @@ Result<bool> Transport::arm() {
 
 // ---- the end of a command ----
 
-inline bool Transport::finish(Command& command, io::Status status) {
+[[gnu::always_inline]] inline bool Transport::finish(Command& command, io::Status status) {
     Wire& wire = command.wire;
     if (pages_.persistent() && command.first != nullptr && wire.operation == Operation::read &&
-        status == io::Status::ok) {
+        status == io::Status::ok) [[unlikely]] {
         pages_.copy_back(wire.pages, command.data());
     }
     return pages_.release(wire.pages);

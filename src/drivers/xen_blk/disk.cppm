@@ -80,6 +80,7 @@ class Transport : public io::GroupedTransport {
     void closed(bool stopped);
 
   private:
+    [[gnu::noinline]] void send_other(Command& command, u64 id); // all but a page
     enum class Link : u8 {
         up,
         paused, // no room for commands

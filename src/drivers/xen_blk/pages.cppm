@@ -85,6 +85,8 @@ class Pages {
     /// `data`: as many bytes as take() returned. `write`: the back end reads the data, which is copied to bounce
     /// pages here; otherwise it writes.
     inline void fill(CommandPages& pages, DmaSpan data, bool write, std::span<Segment> segments);
+    /// The same for a command of one page without an indirect page: its segment. Not with persistent grants.
+    inline Segment fill_one(CommandPages& pages, DmaSpan data, bool write);
     /// The segments of an indirect command, and the grant of their page.
     inline std::span<Segment> indirect_segments(const CommandPages& pages) {
         return {reinterpret_cast<Segment*>(indirect_data_ + pages.indirect_page * page_size), pages.segments};
@@ -96,6 +98,7 @@ class Pages {
     /// Gives back a command's grants, bounce pages and indirect page. False: the back end still has a page of the
     /// buffer mapped; that grant is quarantined.
     inline bool release(CommandPages& pages);
+    inline bool release_all(CommandPages& pages);
     /// Ends the back end's access to the buffer of a command that it has not answered. The grant references are not
     /// reused before release(), because the back end may still process the request. False: it has a page mapped. Not
     /// with persistent grants: bounce pages stay accessible.
@@ -140,6 +143,11 @@ class Pages {
 
 [[gnu::always_inline]] inline u32 Pages::take(CommandPages& pages, DmaSpan data, bool others) {
     const u32 in_page = persistent_ ? 0 : static_cast<u32>(data.bus % page_size);
+    if (!persistent_ && data.size <= page_size - in_page && list_.available() != 0) [[likely]] { // as found below
+        pages.indirect = false;
+        pages.segments = 1;
+        return data.size;
+    }
     const bool indirect = data.size + in_page > segments_in_slot * page_size && indirect_free_count_ != 0;
     const u32 most = indirect ? indirect_segments_ : segments_in_slot;
     u32 bytes = std::min(data.size, most * static_cast<u32>(page_size) - in_page);
@@ -186,6 +194,15 @@ class Pages {
     }
 }
 
+[[gnu::always_inline]] inline Segment Pages::fill_one(CommandPages& pages, DmaSpan data, bool write) {
+    const u32 in_page = static_cast<u32>(data.bus % page_size);
+    const Grant grant = list_.take_unchecked();
+    list_.grant(grant, domain_, data.bus / page_size, write);
+    pages.refs[0] = grant;
+    return {grant, static_cast<u8>(in_page >> unit_shift_), static_cast<u8>(((in_page + data.size) >> unit_shift_) - 1),
+            0};
+}
+
 [[gnu::always_inline]] inline void Pages::copy_back(const CommandPages& pages, DmaSpan data) const {
     for (u32 i = 0; i < pages.segments; ++i) {
         const u32 bytes = std::min(data.size, static_cast<u32>(page_size));
@@ -196,6 +213,14 @@ class Pages {
 }
 
 [[gnu::always_inline]] inline bool Pages::release(CommandPages& pages) {
+    if (pages.segments == 1 && !pages.indirect && !persistent_) [[likely]] {
+        pages.segments = 0;
+        return list_.release(pages.refs[0]);
+    }
+    return release_all(pages);
+}
+
+[[gnu::noinline]] inline bool Pages::release_all(CommandPages& pages) {
     bool safe = true;
     if (pages.indirect) {
         indirect_free_[indirect_free_count_++] = pages.indirect_page;

@@ -45,6 +45,16 @@ class Ring {
     [[gnu::always_inline]] inline void add(std::span<const std::byte> request) {
         static_cast<void>(requests_->produce(request));
     }
+    /// The same for a request in words.
+    template <usize words>
+    [[gnu::always_inline]] inline void add(const std::array<u64, words>& request) {
+        static_assert(words * 8 <= slot_bytes && slot_bytes % 8 == 0 && ring_slots % 8 == 0);
+        requests_->produce_words([&](auto out) __attribute__((always_inline)) {
+            for (const u64 word : request) {
+                out.put(word);
+            }
+        });
+    }
     /// Makes the added requests visible. True: the back end wants an event.
     [[gnu::always_inline]] inline bool publish() { return requests_->publish(); }
 
@@ -64,7 +74,9 @@ class Ring {
             return false;
         }
         --left_;
-        static_cast<void>(responses_->take(response));
+        static_assert(sizeof(Response) <= 16 && std::is_trivially_copyable_v<Response>);
+        const auto words = responses_->take_words<2>();
+        __builtin_memcpy(&response, words.data(), sizeof response);
         return true;
     }
     /// The slots of the batch's requests are free. All of its responses were taken.

@@ -1,5 +1,7 @@
 // A disk's commands as requests [xen-blkif]: what fits into one, the pages of its data, and the bytes of its slot. No
 // ring and no policy.
+module;
+#include <cstddef>
 export module drivers.xen_blk.requests;
 import core.std;
 import core.result;
@@ -70,6 +72,18 @@ class Requests {
         }
         command.bytes = bytes;
         return io::Fit::ok;
+    }
+    /// Whether encode_one() can be used for the command: a read or write of one page.
+    inline bool is_one_page(const io::QueuedCommand& command, const Wire& wire) const {
+        return io::has_data(command.op) && wire.pages.segments == 1 && !wire.pages.indirect && !pages_.persistent();
+    }
+    /// encode() for such a command: the words of the request.
+    [[gnu::always_inline]] inline std::array<u64, 4> encode_one(const io::QueuedCommand& command, Wire& wire, u64 id) {
+        const Segment segment = pages_.fill_one(wire.pages, command.data(), wire.operation == Operation::write);
+        const u64 header = to_underlying(wire.operation) | 1u << 8 | u32{handle_} << 16;
+        static_assert(offsetof(RequestHeader, segment_count) == 1 && offsetof(RequestHeader, handle) == 2 &&
+                      offsetof(DirectRequest, segments) == 24);
+        return {header, id, command.lba << sector_shift_, std::bit_cast<u64>(segment)};
     }
     /// Grants the pages, and writes the request to `slot`. Returns the part of it that is in use.
     [[gnu::always_inline]] inline std::span<const std::byte> encode(Slot& slot, const io::QueuedCommand& command,

@@ -75,10 +75,10 @@ class Channel {
                          bool wants_completion = true) {
         return count(sender_->gpa_direct(payload, ranges, transaction, wants_completion));
     }
-    /// The same with one contiguous buffer. Fast for a payload of constant size.
-    template <usize bytes>
-    [[gnu::always_inline]] inline Sent send_gpa_direct(std::span<const std::byte, bytes> payload, DmaSpan buffer,
-                                                       u64 transaction, bool wants_completion = true) {
+    /// The same with one contiguous buffer. Fast for a payload that puts words [hv.hyperv.packets].
+    template <class Payload>
+    [[gnu::always_inline]] inline Sent send_gpa_direct(Payload payload, DmaSpan buffer, u64 transaction,
+                                                       bool wants_completion = true) {
         return count(sender_->gpa_direct(payload, buffer, transaction, wants_completion));
     }
     /// Maximum size of a packet in bytes, including descriptor (16), ranges and trailer (8).
@@ -94,6 +94,13 @@ class Channel {
         auto got = receiver_->receive(into);
         counters_.packets_received += got && *got ? 1 : 0;
         return got;
+    }
+    /// Takes the next packet if it is seen at once to be a usual completion [PacketReceiver::take_completion].
+    template <u32 words, class F>
+    [[gnu::always_inline]] inline Look take_completion(const F& accept) {
+        const Look look = receiver_->template take_completion<words>(accept);
+        counters_.packets_received += look == Look::taken ? 1 : 0;
+        return look;
     }
     /// After a batch of receive(): returns the ring space, and signals a host that waits for it.
     inline void release() {
@@ -182,8 +189,11 @@ class Channel {
   private:
     void signal();
     [[gnu::always_inline]] inline Sent count(Sent sent) {
-        (sent == Sent::queued ? counters_.packets_sent : counters_.full) +=
-            sent == Sent::queued || sent == Sent::full ? 1 : 0;
+        if (sent == Sent::queued) [[likely]] {
+            ++counters_.packets_sent;
+        } else if (sent == Sent::full) {
+            ++counters_.full;
+        }
         return sent;
     }
 

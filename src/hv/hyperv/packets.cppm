@@ -90,6 +90,13 @@ struct Packet {
     std::span<const std::byte> payload; // padded to 8 bytes by the sender: its own fields give the length that is used
 };
 
+/// A payload of size_bytes(), whole words, that puts them one by one, in order.
+template <class P>
+concept PayloadWords = requires(const P& payload, struct AnyWriter& out) {
+    { payload.size_bytes() } -> std::convertible_to<usize>;
+    payload.put(out);
+};
+
 /// Result of sending a packet.
 enum class Sent : u8 {
     queued,   // in the ring; visible to the host after publish()
@@ -97,6 +104,9 @@ enum class Sent : u8 {
     too_long, // longer than the ring: will never fit
     broken,   // the host has violated the ring protocol
 };
+
+/// Result of a look at the next packet.
+enum class Look : u8 { none, taken, other };
 
 /// Bytes of memory for one direction with `data` bytes for packets.
 constexpr usize ring_bytes(usize data) { return ring_header_bytes + data; }
@@ -154,23 +164,23 @@ class PacketSender {
             }
         });
     }
-    /// The same with one contiguous range, whose page numbers are computed here. A payload of constant size takes one
-    /// store a word.
-    template <usize bytes>
-    [[gnu::always_inline]] inline Sent gpa_direct(std::span<const std::byte, bytes> payload, DmaSpan buffer,
-                                                  u64 transaction, bool wants_completion) {
+    /// The same with one contiguous range, whose page numbers are computed here. `payload`: bytes, or what
+    /// puts words [PayloadWords], which takes one store a word.
+    template <class Payload>
+    [[gnu::always_inline]] inline Sent gpa_direct(Payload payload, DmaSpan buffer, u64 transaction,
+                                                  bool wants_completion) {
         const u64 offset = buffer.bus % page_size;
         const u64 frames = (offset + buffer.size + page_size - 1) / page_size;
         const u64 header = sizeof(PacketDescriptor) + sizeof(GpaDirectHeader) + 8 + 8 * frames;
         return packet(PacketType::gpa_direct, header, payload, transaction, flags(wants_completion),
-                      [&](auto& out) __attribute__((always_inline)) {
-                          out.put(std::bit_cast<u64>(GpaDirectHeader{0, 1}));
-                          out.put(offset << 32 | buffer.size);
-                          const u64 first = buffer.bus / page_size;
-                          for (u64 frame = first; frame != first + frames; ++frame) {
-                              out.put(frame);
-                          }
-                      });
+                      [first = buffer.bus / page_size, frames, range = offset << 32 | buffer.size](auto& out)
+                          __attribute__((always_inline)) {
+                              out.put(std::bit_cast<u64>(GpaDirectHeader{0, 1}));
+                              out.put(range);
+                              for (u64 frame = first; frame != first + frames; ++frame) {
+                                  out.put(frame);
+                              }
+                          });
     }
 
     /// Publishes everything queued with one store. True: the host must be signalled. First reads the host's read index,
@@ -209,12 +219,12 @@ class PacketSender {
     }
 
     /// A packet: the descriptor, what `rest` puts (the other `header` bytes), the payload, the trailer.
-    template <usize bytes, class F>
-    [[gnu::always_inline]] inline Sent packet(PacketType type, u64 header, std::span<const std::byte, bytes> payload,
-                                              u64 transaction, u16 flags, const F& rest) {
-        const u64 total = align_up(header + payload.size(), u64{8});
+    template <class Payload, class F>
+    [[gnu::always_inline]] inline Sent packet(PacketType type, u64 header, Payload payload, u64 transaction, u16 flags,
+                                              F rest) {
+        const u64 total = header + align_up(u64{payload.size_bytes()}, u64{8}); // the header is whole words
         const u64 whole = total + packet_trailer_bytes;
-        if (whole > ring_.capacity() || total / 8 > 0xffff) [[unlikely]] {
+        if (total / 8 > 0xffff) [[unlikely]] {
             return error_ ? Sent::broken : Sent::too_long;
         }
         const u32 need = static_cast<u32>(whole);
@@ -224,7 +234,7 @@ class PacketSender {
             }
         }
         const u32 start = ring_.position();
-        ring_.record(need, [&](auto out) __attribute__((always_inline)) {
+        ring_.record(need, [=](auto out) __attribute__((always_inline)) {
             const PacketDescriptor descriptor{type, static_cast<u16>(header / 8), static_cast<u16>(total / 8), flags,
                                               transaction};
             for (const u64 word : std::bit_cast<std::array<u64, 2>>(descriptor)) {
@@ -235,6 +245,10 @@ class PacketSender {
             out.put(u64{start} << 32);
         });
         return Sent::queued;
+    }
+    template <class Out, PayloadWords Payload>
+    [[gnu::always_inline]] static inline void put_payload(Out& out, const Payload& payload) {
+        payload.put(out);
     }
     /// The payload, padded with zeros to whole words.
     template <class Out, usize bytes>
@@ -257,6 +271,9 @@ class PacketSender {
     [[gnu::noinline]] Sent find_room(u32 need) {
         if (error_) {
             return Sent::broken;
+        }
+        if (need > ring_.capacity()) {
+            return Sent::too_long;
         }
         if (ring_.free() < need && !refresh_room(need)) {
             if (error_) {
@@ -321,11 +338,6 @@ class PacketReceiver {
             }
         }
         const u32 ready = ring_.ready();
-        const u32 capacity = static_cast<u32>(memory_.size() - ring_header_bytes) - 1;
-        if (unreleased_ + ready > capacity) [[unlikely]] {
-            return broken("VMBus ring: the host overwrites bytes that were not released", capacity,
-                          u64{unreleased_} + ready);
-        }
         if (ready < sizeof(PacketDescriptor) + packet_trailer_bytes) [[unlikely]] {
             return broken("VMBus ring: fewer bytes are available than any packet has",
                           sizeof(PacketDescriptor) + packet_trailer_bytes, ready);
@@ -355,6 +367,33 @@ class PacketReceiver {
                 buffer_.first(extra), buffer_.subspan(extra, rest - extra)};
         unreleased_ += total + packet_trailer_bytes;
         return true;
+    }
+
+    /// Looks at the next packet: if it does not wrap around, and is a completion with just `words` words of payload
+    /// that accept(transaction, payload) takes, it is taken. `payload.word(i)` reads the i-th word, to be called once
+    /// for each. Other: nothing was taken, and receive() checks the packet anew, from its own copy.
+    template <u32 words, class F>
+    [[gnu::always_inline]] inline Look take_completion(const F& accept) {
+        constexpr u32 units = sizeof(PacketDescriptor) / 8;
+        constexpr u32 bytes = (units + words) * 8 + packet_trailer_bytes;
+        constexpr u64 expected = std::bit_cast<std::array<u64, units>>(
+            PacketDescriptor{PacketType::completion, units, units + words, 0, 0})[0];
+        if (error_) [[unlikely]] {
+            return Look::other;
+        }
+        if (ring_.ready() == 0) {
+            if (const auto seen = refresh(); !seen || *seen == 0) {
+                return seen ? Look::none : Look::other;
+            }
+        }
+        const auto piece = ring_.piece(bytes);
+        if (!piece || piece->word(0) << 16 != expected << 16 || // all but the flags
+            !accept(piece->word(1), Payload{*piece})) [[unlikely]] {
+            return Look::other;
+        }
+        static_cast<void>(ring_.skip(bytes));
+        unreleased_ += bytes;
+        return Look::taken;
     }
 
     /// Returns the space of everything received to the host, with one store. True: the host waited for room, now has
@@ -389,11 +428,8 @@ class PacketReceiver {
             return *error_;
         }
         auto found = ring_.arm(1);
-        if (!found) [[unlikely]] {
-            return broken("VMBus ring: the host's write index moves backwards or is outside of the ring",
-                          found.error().expected, found.error().seen);
-        }
-        return *found;
+        auto seen = refreshed(found ? Result<u32>(ring_.ready()) : found.error());
+        return seen ? Result<bool>(*seen != 0) : seen.error();
     }
     /// Stops events until arm().
     void disarm() { ring_.disarm(); }
@@ -409,8 +445,8 @@ class PacketReceiver {
         error_ = Error{Code::protocol, rule, expected, seen};
         return *error_;
     }
-    [[gnu::always_inline]] inline Result<u32> refresh() {
-        auto seen = ring_.available();
+    [[gnu::always_inline]] inline Result<u32> refresh() { return refreshed(ring_.available()); }
+    [[gnu::always_inline]] inline Result<u32> refreshed(Result<u32> seen) {
         if (!seen) [[unlikely]] {
             return broken("VMBus ring: the host's write index moves backwards or is outside of the ring",
                           seen.error().expected, seen.error().seen);
@@ -418,8 +454,20 @@ class PacketReceiver {
         if (*seen % 8 != 0) [[unlikely]] {
             return broken("VMBus ring: the host's write index is no multiple of 8", 0, *seen % 8);
         }
+        const u32 capacity = static_cast<u32>(memory_.size() - ring_header_bytes) - 1;
+        if (unreleased_ + *seen > capacity) [[unlikely]] {
+            return broken("VMBus ring: the host overwrites bytes that were not released", capacity,
+                          u64{unreleased_} + *seen);
+        }
         return *seen;
     }
+    /// What follows the descriptor.
+    struct Payload {
+        const typename Ring::Piece& piece;
+        [[gnu::always_inline]] inline u64 word(u32 index) const {
+            return piece.word(index + sizeof(PacketDescriptor) / 8);
+        }
+    };
 
     M memory_;
     Ring ring_;
