@@ -24,10 +24,10 @@ WORKLOADS = (Workload("randread", "4k", 32, 6400), Workload("randread", "4k", 1,
 OWN_KEYS = ("job", "disk", "workload", "scratch", "emulated", "marks", "lanes")
 # The most instructions per I/O that the guest may execute: what was reached and 2 %, rounded up. Lower one when a change makes the I/O cheaper.
 BOUNDS = {
-    "storvsc-randread-4k-qd32": 950,
-    "storvsc-randread-4k-qd1": 1510,
-    "xen_blk-randread-4k-qd32": 870,
-    "xen_blk-randread-4k-qd1": 2160,
+    "storvsc-randread-4k-qd32": 650,
+    "storvsc-randread-4k-qd1": 1180,
+    "xen_blk-randread-4k-qd32": 620,
+    "xen_blk-randread-4k-qd1": 1780,
 }
 RUN_SECONDS = 120.0  # of counted time
 SMALL = 0.5  # instructions per I/O: functions with fewer are summed up

@@ -177,6 +177,7 @@ class PacketSender {
                           __attribute__((always_inline)) {
                               out.put(std::bit_cast<u64>(GpaDirectHeader{0, 1}));
                               out.put(range);
+#pragma clang loop unroll(disable) // mostly one
                               for (u64 frame = first; frame != first + frames; ++frame) {
                                   out.put(frame);
                               }
