@@ -52,7 +52,7 @@ def arguments() -> Parser:
     parser.add_argument("--iothread", action="store_true", help=f"an I/O thread for each of QEMU's disks that can have one ({', '.join(IOTHREAD_BUSES)})")
     parser.add_argument("--compare", nargs=2, type=place, metavar=("FILE", "FILE"), help=f"measure nothing: compare two files of --json --runs N, N at least {ensemble.FEWEST}, that differ in one thing, as the kernel's commit or QEMU's version")
     parser.add_argument("--json", type=place, metavar="FILE", help="write the results as fio would (json+); with --runs of the run with the median IOPS of each job")
-    parser.add_argument("--html", type=place, metavar="FILE", help="write a page with the results, their intervals and charts, that needs no network")
+    parser.add_argument("--html", type=place, metavar="FILE", help="write a page with the results, their intervals and charts, that needs no network; with --compare of the difference")
     parser.add_argument("--json-dir", type=place, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
     parser.add_argument("--cost", action="store_true", help="count the instructions of each I/O by who executes them, the guest, KVM, the host's kernel or the VMM, and tell what the host alone leaves to be gained; "
@@ -75,7 +75,7 @@ CONFLICTS = (
     *vmm.conflicts(("boot", "wall", "lab", "yardstick", "cost", "only", "aio", "cache", "iothread", "list", "lanes", "xen_version")),
     *(Conflict(("list", name), LISTED) for name in ("qemu", "qemu_arg")),
     *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "html", "yardstick", "cost", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version", "io", "latency")),
-    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "html", "yardstick", "cost", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "io", "latency", "qemu", "qemu_arg", "vmm", "vmm_command")),
+    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "yardstick", "cost", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "io", "latency", "qemu", "qemu_arg", "vmm", "vmm_command")),
     Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
     Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
     Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1 and not options.compare),
@@ -227,7 +227,7 @@ def main(words: list[str]) -> Exit:
     chosen = check(options)
     if options.compare:
         setup.ensure()
-        print(comparison.compare(*options.compare, options.seed))
+        print(comparison.compare(*options.compare, options.seed, options.html, shlex.join(["scripts/bench", *words])))
         return Exit.SUCCESS
     if options.list:
         print("\n".join(workloads.name(one.comparison, disk, workload) for one in chosen for disk in one.disks for workload in one.workloads))
@@ -256,7 +256,7 @@ def main(words: list[str]) -> Exit:
     if options.json_dir:
         fiojson.write_folder(options.json_dir, jobs)
     if options.html:
-        page.write(options.html, jobs, shlex.join(["scripts/bench", *words]), options.seed)
+        page.write(options.html, jobs, shlex.join(["scripts/bench", *words]), options.seed, (paths.KERNEL, paths.EFI))
     return Exit.SUCCESS
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import ensemble, report
+from . import ensemble, page, paths, report
 from .problems import Exit, Problem
 
 # Of a job's member `firstlight`: what two results of one row must share, or else name as the difference.
@@ -45,8 +46,8 @@ def differences(before: Mapping, after: Mapping) -> dict[str, tuple[str, str]]:
     return {name: (str(one), str(other)) for name, (one, other) in pairs.items() if one != other}
 
 
-def compare(first: Path, second: Path, seed: int) -> str:
-    """The table, with what differs between the files above it."""
+def compare(first: Path, second: Path, seed: int, html: Path | None = None, command: str = "") -> str:
+    """The table, with what differs between the files above it. `html`: where the same is drawn."""
     before, after = ({row_of(job): job for job in load(path)} for path in (first, second))
     shared = [row for row in before if row in after]
     if not shared:
@@ -60,6 +61,10 @@ def compare(first: Path, second: Path, seed: int) -> str:
         raise Problem(f"--compare: one difference between the files was expected, these were found: {listing}. A change of the figures could not be assigned to one of them.", Exit.USAGE)
     changes = ensemble.compare([ensemble.Row(" ".join(row[:2]), runs_of(before[row]), runs_of(after[row])) for row in shared], seed)
     what = next((f"{name}: {', '.join(f'{one} and {other}' for one, other in sorted(pairs))}" for name, pairs in unequal.items()), "nothing: both are of one kernel, host and machine")
+    if html:
+        pairs = [(before[row], after[row]) for row in shared]
+        hashes = {f"{which}, {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for which, path in (("first", first), ("second", second))}
+        paths.write_whole(html, page.render_change(what, shared, pairs, changes, command, seed, hashes))
     lines = [f"what differs: {what}", *left_out(before, after, first, second), "", table(changes, before, after, shared)]
     return "\n".join(lines)
 

@@ -6,16 +6,19 @@ The page is drawn from the jobs of --json alone: HTML with SVG, whose horizontal
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import ensemble, paths, report
+from . import counts, ensemble, paths, report
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 RATIO_TICKS = (0.1, 0.2, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+COLOURS = 8  # of lines, --line0 and so on in the template
+PARTIES = {"guest": "guest", "kvm": "KVM", "kernel": "host's kernel", "vmm": "VMM"}  # counts.PARTIES as the page names them
 FEWEST_DEPTHS = 3  # of a pattern and block size, for a curve by queue depth
 
 
@@ -42,6 +45,7 @@ class Ratio:
     value: float
     interval: ensemble.Interval
     runs: int
+    why: str = ""  # from the counts of both rows
 
     @property
     def text(self) -> str:
@@ -65,7 +69,71 @@ def ratio(above: dict, below: dict, series: str, seed: int) -> Ratio:
     value = statistics.median(mine) / statistics.median(other)
     interval = ensemble.ratio_interval(mine, other, seed) if min(len(mine), len(other)) > 1 else ensemble.Interval(value, value)
     below_name = f"Linux ({report.driver(below).removeprefix('linux-')})" if of_linux(below) else below["firstlight"]["disk"]
-    return Ratio(above["firstlight"]["disk"], below_name, report.title(above), series, value, interval, min(len(mine), len(other)))
+    return Ratio(above["firstlight"]["disk"], below_name, report.title(above), series, value, interval, min(len(mine), len(other)), why(above, below))
+
+
+NAMED = {"device_accesses": "accesses to device registers", "hypercalls": "hypercalls", "notifications": "notifications", "interrupts": "interrupts", "exits": "exits"}
+
+
+def why(above: dict, below: dict) -> str:
+    """What the counts of an I/O say about the ratio: instructions by party if both rows have them, and the counts that differ by a tenth and more."""
+    mine, other = above["firstlight"], below["firstlight"]
+    said = []
+    costs = [extra.get("instructions_per_io") for extra in (mine, other)]
+    if all(costs):
+        wholes = [sum(cost[party] for party in counts.PARTIES) for cost in costs]
+        wins = report.typical(above) >= report.typical(below)
+        party = (min if wins else max)(counts.PARTIES, key=lambda name: costs[0][name] - costs[1][name])
+        said.append(f"{wholes[0]:.0f} instructions against {wholes[1]:.0f}, of them {PARTIES[party]} {costs[0][party]:.0f} against {costs[1][party]:.0f}")
+        if (wholes[0] <= wholes[1]) != wins:
+            said[0] += ", which does not explain it: the rest of the time is idle or overlapped"
+    for name, words in NAMED.items():
+        pair = [extra.get(f"{name}_per_io") for extra in (mine, other)]
+        if None not in pair and abs(pair[0] - pair[1]) > 0.1 * max(pair):
+            said.append(f"{pair[0]:.3f} {words} against {pair[1]:.3f}")
+    return "; ".join(said)
+
+
+def cost_bars(jobs: Sequence[dict]) -> list[dict]:
+    """Where an I/O goes: of each workload the instructions by who executes them, a bar for each disk and kernel, all on one scale."""
+    groups: dict[str, list[dict]] = {}
+    for job in jobs:
+        if job["firstlight"].get("instructions_per_io"):
+            groups.setdefault(report.title(job), []).append(job)
+    found = []
+    for name, members in groups.items():
+        costs = [[job["firstlight"]["instructions_per_io"][party] for party in counts.PARTIES] for job in members]
+        most = max(sum(cost) for cost in costs) or 1
+        bars = []
+        for job, cost in zip(members, costs):
+            segments = [
+                {"party": party, "x": round(100 * sum(cost[:at]) / most, 2), "width": round(100 * cost[at] / most, 2), "text": f"{PARTIES[party]} {cost[at]:.0f}"}
+                for at, party in enumerate(counts.PARTIES)
+            ]
+            bars.append({"disk": who_of(job), "kind": job["firstlight"]["kind"], "driver": report.driver(job), "whole": f"{sum(cost):.0f}", "segments": segments})
+        found.append({"name": name, "bars": bars})
+    return found
+
+
+def heat_rows(jobs: Sequence[dict]) -> list[dict]:
+    """The runs of each row that depends on the start, as cells: how far each is from the row's median."""
+    found = []
+    for job in jobs:
+        values = runs_of(job)
+        if len(values) < 2 or statistics.median(values) <= 0 or ensemble.sensitivity(values) <= ensemble.SENSITIVE:
+            continue
+        offs = [value / statistics.median(values) - 1 for value in values]
+        most = max(map(abs, offs)) or 1
+        cells = [
+            {"x": round(100 * at / len(values), 2), "width": round(95 / len(values), 2), "kind": "win" if off >= 0 else "loss", "strength": round(0.1 + 0.9 * abs(off) / most, 2), "text": f"run {at + 1}: {values[at]:.0f} IOPS, {100 * off:+.1f} %"}
+            for at, off in enumerate(offs)
+        ]
+        found.append({"disk": who_of(job), "workload": report.title(job), "cells": cells, "most": f"{100 * most:.1f} %"})
+    return found
+
+
+def who_of(job: Mapping) -> str:
+    return ("Linux " if of_linux(job) else "") + job["firstlight"]["disk"]
 
 
 def ratios(ours: Sequence[dict], theirs: Sequence[dict], seed: int) -> list[Ratio]:
@@ -112,15 +180,24 @@ def sentences(found: Sequence[Ratio]) -> list[list[dict]]:
     said = []
     for disk in dict.fromkeys(one.above for one in found if one.series == "emulated"):
         mine = [one for one in found if one.above == disk and one.series == "emulated"]
-        said.append([{"text": f"The synthetic disk {disk} does ", "kind": ""}, *parts(mine), {"text": f" the I/Os per second of the emulated {mine[0].below}.", "kind": ""}])
+        said.append([{"text": f"The synthetic disk {disk} does ", "kind": ""}, *parts(mine), {"text": f" the I/Os per second of the emulated {mine[0].below}.", "kind": ""}, *reasons(mine)])
     linux = [one for one in found if one.series == "linux"]
     if linux:
         worst, best = min(linux, key=lambda one: one.value), max(linux, key=lambda one: one.value)
         said.append([
             {"text": "Against Linux with fio on the same disk of the same machine: from ", "kind": ""}, part(worst), {"text": f" ({worst.above}) to ", "kind": ""}, part(best),
-            {"text": f" ({best.above}); {sum(one.value > 1 for one in linux)} of {len(linux)} rows are ahead.", "kind": ""},
+            {"text": f" ({best.above}); {sum(one.value > 1 for one in linux)} of {len(linux)} rows are ahead.", "kind": ""}, *reasons(linux),
         ])  # fmt: skip
     return said
+
+
+def reasons(found: Sequence[Ratio]) -> list[dict]:
+    """Why, for the largest and for the smallest ratio."""
+    ends = dict.fromkeys((max(found, key=lambda one: one.value), min(found, key=lambda one: one.value)))
+    return [
+        piece for one in ends if one.why
+        for piece in ({"text": " An I/O of ", "kind": ""}, {"text": f"{one.workload} ({times(one.value)})", "kind": part(one)["kind"]}, {"text": f" takes {one.why}.", "kind": ""})
+    ]  # fmt: skip
 
 
 def part(one: Ratio) -> dict:
@@ -156,7 +233,7 @@ def depth_curves(jobs: Sequence[dict]) -> list[dict]:
     groups: dict[str, dict[str, list[dict]]] = {}
     for job in jobs:
         words = job["job options"]
-        who = ("Linux " if of_linux(job) else "") + job["firstlight"]["disk"]
+        who = who_of(job)
         groups.setdefault(f"{words['name']} {words['bs']}", {}).setdefault(who, []).append(job)
     found = []
     for name, lines in groups.items():
@@ -187,7 +264,7 @@ def percentile_curves(jobs: Sequence[dict]) -> list[dict]:
     for name, members in groups.items():
         lines = {}
         for job in members:
-            who = ("Linux " if of_linux(job) else "") + job["firstlight"]["disk"]
+            who = who_of(job)
             lines[who] = [(float(share), ns / 1000) for share, ns in report.part(job)["lat_ns"]["percentile"].items() if 0 < float(share) < 99.995 and ns > 0]
         values = [us for line in lines.values() for _, us in line]
         if not values:
@@ -225,24 +302,65 @@ def section(name: str, jobs: Sequence[dict], seed: int) -> dict:
     ours, theirs = [job for job in jobs if not of_linux(job)], report.best([job for job in jobs if of_linux(job)])
     found = ratios(ours, theirs, seed)
     first = jobs[0]["firstlight"]
+    return {"name": name, "sentences": sentences(found), "ratios": ratio_rows(found), "versions": first.get("versions", {}), "note": report.clock_note(ours), "changes": [], **plots([*ours, *theirs], seed)}
+
+
+def plots(jobs: Sequence[dict], seed: int) -> dict:
+    """What both pages have of their rows."""
     return {
-        "name": name, "mode": first.get("mode", ""), "sentences": sentences(found), "ratios": ratio_rows(found), "rows": table_rows([*ours, *theirs]),
-        "strips": strips([*ours, *theirs], seed), "depths": depth_curves([*ours, *theirs]), "percentiles": percentile_curves([*ours, *theirs]),
-        "versions": first.get("versions", {}), "runs": max(len(runs_of(job)) for job in jobs), "host_side": report.host_side(jobs),
-        "note": report.clock_note(ours),
+        "mode": jobs[0]["firstlight"].get("mode", ""), "rows": table_rows(jobs), "costs": cost_bars(jobs), "heat": heat_rows(jobs), "strips": strips(jobs, seed), "depths": depth_curves(jobs),
+        "percentiles": percentile_curves(jobs), "runs": max(len(runs_of(job)) for job in jobs), "host_side": report.host_side(jobs),
     }  # fmt: skip
 
 
-def render(jobs: Sequence[dict], command: str, seed: int) -> str:
-    import jinja2
+def change_rows(rows: Sequence[Sequence[str]], changes: Sequence[ensemble.Change]) -> dict:
+    """The second file over the first, row by row."""
+    axis, ticks = axis_of([bound for one in changes for bound in (one.ratio.low, one.ratio.high, one.after / one.before)])
+    drawn = []
+    for row, one in zip(rows, changes):
+        value = one.after / one.before
+        text = f"{times(value)} ({one.ratio.low:.3f} to {one.ratio.high:.3f}), p {one.p:.3f}"
+        drawn.append({"disk": row[0], "workload": row[1], "points": [{"series": "emulated", "x": axis.at(value), "low": axis.at(one.ratio.low), "high": axis.at(one.ratio.high), "text": text, "below": "the first file", "loses": one.verdict == "slower"}]})
+    return {"ticks": ticks, "one": axis.at(1), "rows": drawn}
 
+
+def named(job: dict, which: str) -> dict:
+    return {**job, "firstlight": {**job["firstlight"], "disk": f"{job['firstlight']['disk']} ({which})"}}
+
+
+def render_change(what: str, rows: Sequence[Sequence[str]], pairs: Sequence[tuple[dict, dict]], changes: Sequence[ensemble.Change], command: str, seed: int, hashes: Mapping[str, str]) -> str:
+    """The page of --compare: `pairs` are the same row of both files."""
+    told = {"faster": [], "slower": [], "same": [], "unknown": []}
+    for row, one in zip(rows, changes):
+        told[one.verdict].append(f"{row[0]} {row[1]}: {one.text}")
+    kinds = {"faster": "win", "slower": "loss"}
+    sentence = [{"text": f"What differs: {what}. Of {len(changes)} rows {', '.join(f'{len(found)} {word}' for word, found in zip(('faster', 'slower', 'the same', 'that cannot be told'), told.values()))}. ", "kind": ""}]
+    sentence += [{"text": f"{text}. ", "kind": kinds.get(verdict, "")} for verdict, found in told.items() for text in found]
+    jobs = [named(job, which) for pair in pairs for job, which in zip(pair, ("first", "second"))]
+    versions = {f"{name} ({which})": version for job, which in zip(pairs[0], ("first", "second")) for name, version in job["firstlight"].get("versions", {}).items()}
+    verdicts = [{"disk": row[0], "workload": row[1], "before": f"{one.before:.0f}", "after": f"{one.after:.0f}", "text": one.text, "kind": kinds.get(one.verdict, "")} for row, one in zip(rows, changes)]
+    only = {"name": "The second file against the first", "sentences": [sentence], "ratios": change_rows(rows, changes), "versions": versions, "note": "", "changes": verdicts, **plots(jobs, seed)}
+    return filled("What has changed", [only], command, seed, hashes)
+
+
+def render(jobs: Sequence[dict], command: str, seed: int, hashes: Mapping[str, str] | None = None) -> str:
     platforms = dict.fromkeys(job["firstlight"]["platform"] for job in jobs)
     sections = [section(name, [job for job in jobs if job["firstlight"]["platform"] == name], seed) for name in platforms]
+    return filled("What a synthetic disk is worth", sections, command, seed, hashes or {})
+
+
+def filled(title: str, sections: Sequence[dict], command: str, seed: int, hashes: Mapping[str, str]) -> str:
+    import jinja2
+
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text()).render(
-        sections=sections, command=command, seed=seed, date=time.strftime("%Y-%m-%d"), figures=list(FIGURES.values())
+        title=title, sections=sections, command=command, seed=seed, date=time.strftime("%Y-%m-%d"), figures=list(FIGURES.values()), hashes=hashes, parties=PARTIES, colours=COLOURS
     )
 
 
-def write(path: Path, jobs: Sequence[dict], command: str, seed: int) -> None:
-    paths.write_whole(path, render(jobs, command, seed))
+def sha256(files: Sequence[Path]) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def write(path: Path, jobs: Sequence[dict], command: str, seed: int, images: Sequence[Path] = ()) -> None:
+    paths.write_whole(path, render(jobs, command, seed, sha256(images)))

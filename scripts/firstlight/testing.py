@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, checks, cost, debugger, fiotools, image, lab, launch, machine, paths, process, scripttests, setup, tidy, unittests, vmtests, workloads
+from . import browser, build, checks, cost, debugger, fiotools, image, lab, launch, machine, paths, process, scripttests, setup, tidy, unittests, vmtests, workloads
 from .options import Conflict, Parser, demand_agreement, name_patterns, place
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
@@ -84,7 +84,7 @@ def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
 def chosen(options, cases: list[vmtests.Case]) -> list[vmtests.Case]:
     """The selected boots."""
     # The name of a suite selects that suite, not the boots whose names contain the word.
-    parts = [pattern for pattern in options.only if pattern not in ("scripts", checks.SUITE, *PRESETS, tidy.SUITE, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE, cost.SUITE)]
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", checks.SUITE, *PRESETS, tidy.SUITE, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE, browser.SUITE, cost.SUITE)]
     return [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
 
 
@@ -92,12 +92,12 @@ def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     cases = [case for case in vmtests.load() if not options.fast or "fast" in case.groups]
     presets = ("host",) if options.fast else PRESETS
-    check(options, cases, ("scripts", checks.SUITE, *presets, "image", GDB, *(() if options.fast else (tidy.SUITE, FUZZ, MINIMAL, fiotools.SUITE, cost.SUITE))))
+    check(options, cases, ("scripts", checks.SUITE, *presets, "image", GDB, *(() if options.fast else (tidy.SUITE, FUZZ, MINIMAL, fiotools.SUITE, browser.SUITE, cost.SUITE))))
     cases = chosen(options, cases)
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
-        slow = [] if options.fast else [tidy.SUITE, *(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL, fiotools.SUITE, *(f"{cost.SUITE}/{name}" for name in cost.BOUNDS)]
+        slow = [] if options.fast else [tidy.SUITE, *(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL, fiotools.SUITE, browser.SUITE, *(f"{cost.SUITE}/{name}" for name in cost.BOUNDS)]
         print("\n".join(["scripts", *(f"{checks.SUITE}/{name}" for name in checks.CHECKS), *presets, "image", GDB, *slow]))
         return Exit.SUCCESS
     setup.ensure(tests=True)
@@ -149,6 +149,8 @@ def run_suites(options, cases: list[vmtests.Case], presets: Sequence[str], boots
         add(surviving(FUZZ, fuzz_tests(options.only)))
     if not options.fast and wanted(MINIMAL, options.only, whole=True):
         add(surviving(MINIMAL, minimal()))
+    if not options.fast and wanted(browser.SUITE, options.only, whole=True):
+        add(surviving(browser.SUITE, browser.checks()))
     # Boots of the lab, one after the other, use one processor; the boots of the table use the others.
     fio = vmtests.Part(fiotools.SUITE, lambda: surviving(fiotools.SUITE, fiotools.checks()), lab=True)
     counts = vmtests.Part(cost.SUITE, lambda: surviving(cost.SUITE, cost.checks()), counted=True, lab=True)
