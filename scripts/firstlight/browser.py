@@ -20,7 +20,7 @@ from .vmtests import Result, wreck
 SUITE = "browser"
 BROWSERS = ("chromium-headless-shell", "chromium")
 SECONDS = 120  # for a start of the browser: a second on an idle machine
-RECORDED = paths.REPOSITORY / "test" / "scripts" / "recorded" / "page.json"
+JOBS = paths.REPOSITORY / "test" / "scripts" / "page-jobs.json"  # figures made up for the test, in the form of --json
 SHEET = 703  # pixels of CSS, 96 to the inch: A4 less the page's margins of 12 mm
 VIEWS = (("phone", 400), ("screen", 1280), ("sheet", SHEET), ("dark", 1280))
 CONTRAST = 4.5  # least, of text [WCAG 2.2, 1.4.3]
@@ -61,7 +61,7 @@ def browser() -> str:
 
 def run(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
     root = ("--no-sandbox",) if os.geteuid() == 0 else ()  # Chromium refuses root otherwise
-    command = [browser(), *root, "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", *words]
+    command = [browser(), *root, "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage", "--no-first-run", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", *words]
     return process.run(command, timeout=SECONDS, stderr=subprocess.PIPE, what="the browser")
 
 
@@ -129,18 +129,19 @@ def several(job: dict, factor: float = 1.0) -> dict:
 
 def depths(job: dict) -> list[dict]:
     """The same row at other queue depths, for the curve of --sweep."""
-    return [{**job, "job options": {**job["job options"], "iodepth": str(depth)}} for depth in (2, 4, 8)]
+    rate = lambda part, depth: {**part, "iops": part["iops"] * depth / 8}  # noqa: E731
+    return [{**job, "read": rate(job["read"], depth), "write": rate(job["write"], depth), "job options": {**job["job options"], "iodepth": str(depth)}} for depth in (2, 4, 16)]
 
 
 def results(folder: Path) -> str:
-    jobs = [several(job) for job in json.loads(RECORDED.read_text())["jobs"]]
+    jobs = [several(job) for job in json.loads(JOBS.read_text())["jobs"]]
     jobs += depths(jobs[0])
     shown = [*(job for job in jobs if not page.of_linux(job)), *report.best([job for job in jobs if page.of_linux(job)])]
     return faults(page.render(jobs, "scripts/bench --html out.html", 1), [*figures(shown), "seed 1"], folder)
 
 
 def difference(folder: Path) -> str:
-    jobs = json.loads(RECORDED.read_text())["jobs"]
+    jobs = json.loads(JOBS.read_text())["jobs"]
     for name, factor in (("before.json", 1.0), ("after.json", QUICKER)):
         (folder / name).write_text(json.dumps({"jobs": [several(job, factor if at == 0 else 1.0) for at, job in enumerate(jobs)]}))
     comparison.compare(folder / "before.json", folder / "after.json", 1, folder / "out.html", "scripts/bench --compare")

@@ -37,6 +37,7 @@ TEST_PACKAGES = {
     "fio": "its tool reads what scripts/bench --json writes",
     "python3-six": "fio's tool needs it",
 }
+BROWSER_PACKAGES = {"chromium-headless-shell": "the pages of scripts/bench --html in a browser", "fonts-dejavu-core": "letters in the browser"}  # not Ubuntu: its chromium is a snap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,11 @@ SUPPORTED = {
         backports=("cmake cmake-data", "qemu-* seabios ipxe-qemu", "linux-image-*"),
         lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb12-amd64",
         xens=(XEN_4_17, XEN_4_20),
+        tests=TEST_PACKAGES | BROWSER_PACKAGES,
     ),
     ("debian", "13"): Distribution(
         "Debian 13", "trixie", backports=(), lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb13-amd64", xens=(XEN_4_20, XEN_4_17),
+        tests=TEST_PACKAGES | BROWSER_PACKAGES,
     ),
     ("ubuntu", "24.04"): Distribution(
         "Ubuntu 24.04",

@@ -83,7 +83,7 @@ def why(above: dict, below: dict) -> str:
     if all(costs):
         wholes = [sum(cost[party] for party in counts.PARTIES) for cost in costs]
         wins = report.typical(above) >= report.typical(below)
-        party = (min if wins else max)(counts.PARTIES, key=lambda name: costs[0][name] - costs[1][name])
+        party = (min if wholes[0] <= wholes[1] else max)(counts.PARTIES, key=lambda name: costs[0][name] - costs[1][name])
         said.append(f"{wholes[0]:.0f} instructions against {wholes[1]:.0f}, of them {PARTIES[party]} {costs[0][party]:.0f} against {costs[1][party]:.0f}")
         if (wholes[0] <= wholes[1]) != wins:
             said[0] += ", which does not explain it: the rest of the time is idle or overlapped"

@@ -8,7 +8,7 @@ import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from firstlight import page, report
+from firstlight import ensemble, page, report
 
 
 def job(disk, driver, kind, iops, name="randread", bs="4k", depth="32", runs=(), **extra):
@@ -31,7 +31,7 @@ JOBS = [
 class Parser(html.parser.HTMLParser):
     """Collects the text, and demands that every element is closed in order."""
 
-    VOID = {"meta"}
+    VOID = {"meta", "br"}
 
     def __init__(self):
         super().__init__()
@@ -112,6 +112,34 @@ class Page(unittest.TestCase):
         text = page.render([*deep, *JOBS], "x", 1)
         self.assertEqual(parsed(text).open, [])
         self.assertIn("xvda, qd 4: 40000 IOPS, 25.0 µs", text)
+
+    def test_where_an_io_goes(self):
+        mine, other = (dict(zip(("guest", "kvm", "kernel", "vmm"), cost)) for cost in ((10.0, 20.0, 30.0, 40.0), (20.0, 80.0, 40.0, 60.0)))
+        jobs = [job("xvda", "xen_blk", "synthetic", 20000.0, instructions_per_io=mine), job("hda", "ata", "emulated", 9000.0, instructions_per_io=other)]
+        (group,) = page.cost_bars(jobs)
+        self.assertEqual([[(one["x"], one["width"]) for one in bar["segments"]] for bar in group["bars"]], [[(0, 5), (5, 10), (15, 15), (30, 20)], [(0, 10), (10, 40), (50, 20), (70, 30)]])
+        shown = " ".join(" ".join(parsed(page.render(jobs, "x", 1)).text).split())
+        self.assertIn("100: guest 10, KVM 20, host's kernel 30, VMM 40", shown)
+        self.assertIn("takes 100 instructions against 200, of them KVM 20 against 80.", shown)
+        self.assertIn("takes 200 instructions against 100, of them KVM 80 against 20, which does not explain it", "takes " + page.why(*(dict(one, firstlight=dict(one["firstlight"], instructions_per_io=cost)) for one, cost in zip(jobs, (other, mine)))))
+
+    def test_counts_that_differ_are_the_reason(self):
+        one, other = job("xvda", "xen_blk", "synthetic", 20000.0), job("hda", "ata", "emulated", 9000.0, device_accesses_per_io=7.0)
+        self.assertEqual(page.why(one, other), "0.031 accesses to device registers against 7.000")
+
+    def test_runs_that_depend_on_the_start_are_cells(self):
+        (row,) = page.heat_rows(JOBS[:1])
+        self.assertEqual([cell["kind"] for cell in row["cells"]], ["loss" if run < statistics.median(RUNS) else "win" for run in RUNS])
+        self.assertEqual(page.heat_rows(JOBS[2:3]), [])
+
+    def test_comparison(self):
+        quick, slow = (ensemble.compare([ensemble.Row("r", [1000.0 + n for n in range(8)], [factor * (1000.0 + n) for n in range(8)])], 1) for factor in (1.5, 0.5))
+        text = page.render_change("Firstlight: a and b", [("xvda", "randread 4k qd32"), ("hda", "randread 4k qd32")], [(JOBS[0], JOBS[0]), (JOBS[2], JOBS[2])], [*quick, *slow], "scripts/bench --compare", 1, {"first": "0123abcd"})
+        shown = " ".join(" ".join(parsed(text).text).split())
+        self.assertIn("What differs: Firstlight: a and b. Of 2 rows 1 faster, 1 slower, 0 the same, 0 that cannot be told.", shown)
+        self.assertRegex(text, r'class="win">xvda randread 4k qd32: faster [\d.]+ to [\d.]+ %')
+        self.assertRegex(text, r'class="loss">hda randread 4k qd32: slower [\d.]+ to [\d.]+ %')
+        self.assertIn("SHA-256 of first: 0123abcd", shown)
 
     def test_without_anything_to_compare_with(self):
         shown = parsed(page.render([job("nvme0n1", "nvme", "emulated", 9000.0)], "x", 1)).text
