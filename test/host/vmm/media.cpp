@@ -102,8 +102,10 @@ Result<std::unique_ptr<UringMedium>> UringMedium::create() {
     io_uring_params& parameters = medium->parameters_;
     medium->ring_ = Descriptor{static_cast<int>(syscall(SYS_io_uring_setup, ring_entries, &parameters))};
     if (medium->ring_.number() < 0) {
-        return Error{Code::not_supported, "io_uring is not available here: io_uring_setup failed; the value is errno",
-                     0, static_cast<u64>(errno)};
+        const bool absent = errno == ENOSYS || errno == EPERM; // not in this kernel, or kernel.io_uring_disabled
+        return Error{absent ? Code::not_supported : Code::io,
+                     "io_uring is not available here: io_uring_setup failed; the value is errno", 0,
+                     static_cast<u64>(errno)};
     }
     constexpr u32 features = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG;
     if ((parameters.features & features) != features) {

@@ -21,7 +21,7 @@ class BlockingMedium final : public host::Medium {
 /// io_uring by its system calls: the library is not needed for three operations.
 class UringMedium final : public host::Medium {
   public:
-    /// Error{not_supported}: this system has no io_uring, or forbids it; the value is errno.
+    /// Error{not_supported}: this system has no io_uring, or forbids it; Error{io}: it failed; the value is errno.
     static Result<std::unique_ptr<UringMedium>> create();
     ~UringMedium() override;
     u64 now() override;

@@ -3,7 +3,9 @@
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
+#include <cerrno>
 #include <cstdlib>
+#include <sys/resource.h>
 #include <unistd.h>
 
 import test.gtest;
@@ -635,6 +637,21 @@ TEST(HostMedia, UringReadsAndWrites) {
     const u64 begin = (*medium)->now();
     (*medium)->wait(begin + 5'000'000'000);
     EXPECT_LT((*medium)->now() - begin, 1'000'000'000u);
+}
+
+TEST(HostMedia, WithoutUringThereIsAnErrorAndNoOtherMedium) {
+    rlimit before{};
+    ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+    const rlimit none{0, before.rlim_max};
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+    const auto medium = fl::vmm::UringMedium::create();
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
+    ASSERT_FALSE(medium);
+    if (medium.error().code != Code::not_supported) { // this machine has it, and no descriptor for it
+        EXPECT_EQ(medium.error().code, Code::io);
+        EXPECT_EQ(medium.error().seen, static_cast<u64>(EMFILE));
+    }
+    EXPECT_TRUE(medium.error().message.starts_with("io_uring is not available here: io_uring_setup failed"));
 }
 
 } // namespace
