@@ -91,7 +91,7 @@ struct StorageDevice::State {
                std::span<const u8, 16> cdb);
     static void on_end(Transfer& transfer);
     void release(Request& request);
-    u64 send_due(Channel& channel, u64 now);
+    u64 send_due(Channel& channel, u64 now, usize room = packet_limit);
     bool drain(const Channel* channel, std::optional<u8> lun);
     void abandon(const Channel* channel);
     void answer(Channel& channel, const Packet& packet, const wire::Packet& request, const ScsiResult& result,
@@ -355,15 +355,16 @@ void StorageDevice::State::release(Request& request) {
     requests.pop_back();
 }
 
-/// Sends the answers that are due, as far as there is room. Returns when to go on; ~0: when something happens.
-u64 StorageDevice::State::send_due(Channel& channel, u64 now) {
+/// Sends the answers that are due, as long as the ring has `room` for a payload. Returns when to go on; ~0: when
+/// something happens.
+u64 StorageDevice::State::send_due(Channel& channel, u64 now, usize room) {
     const auto found = answers.find(&channel);
-    if (found == answers.end()) {
+    if (found == answers.end() || gone) {
         return ~u64{0};
     }
     DelayQueue<Request*>& queue = found->second;
-    while (!gone && queue.next() <= now) {
-        if (!channel.room(packet_limit)) {
+    while (queue.next() <= now) {
+        if (!channel.room(room)) {
             return ~u64{0}; // the guest signals, or the ring is polled
         }
         Request& r = **queue.pop(now);
@@ -550,7 +551,8 @@ void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, con
                     bus->kick(*other);
                 }
             }
-            static_cast<void>(send_due(channel, 0));
+            // Three times one packet: there remains room for the reset's answer, headers included.
+            static_cast<void>(send_due(channel, 0, 3 * packet_limit));
             for (auto& lun : luns) {
                 if (lun) {
                     lun->set_unit_attention(0x29, 0x02); // SCSI bus reset occurred

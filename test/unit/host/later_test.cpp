@@ -404,6 +404,40 @@ TEST(HostLater, AResetAnswersAllRequestsFirst) {
     EXPECT_EQ(host.next(), 0u);
 }
 
+TEST(HostLater, AResetsAnswerHasRoomInAFullRing) {
+    auto slow = parsed("10s");
+    LaterHost host(&*slow);
+    host.medium.ends_in_wait = true;
+    // More answers than the host's ring of three pages takes, each of 88 bytes.
+    u64 transaction = 1000;
+    for (u32 batch = 0; batch < 10; ++batch) {
+        for (u32 i = 0; i < 20; ++i) {
+            host.read(transaction++, i);
+        }
+        host.guest.signal(host.channel);
+        while (!host.medium.steps.empty()) {
+            host.medium.end(0);
+        }
+    }
+    EXPECT_EQ(host.next(), 0u);
+    Bytes reset;
+    put(reset, u32{6}); // RESET_BUS
+    put(reset, u32{1});
+    reset.resize(64);
+    host.rings.send(6, 999, reset);
+    host.guest.signal(host.channel);
+    std::vector<u64> seen;
+    for (u32 tries = 0; tries < 4; ++tries) {
+        for (u64 one = host.next(); one != 0; one = host.next()) {
+            seen.push_back(one);
+        }
+        host.guest.signal(host.channel); // there is room
+    }
+    EXPECT_EQ(seen.size(), 201u);
+    EXPECT_EQ(std::ranges::count(seen, 999u), 1);
+    EXPECT_NE(seen.back(), 999u); // the others did not fit
+}
+
 TEST(HostLater, AResetThatCannotEndTheRequestsSaysSoWithinABound) {
     LaterHost host;
     host.read(310, 0);
