@@ -204,7 +204,7 @@ class Options(unittest.TestCase):
             "--iothread": ("--only", "xen-emu", "--iothread"), "--wait": ("--wait", "interrupt,adaptive"), "--lanes": ("--lanes", "4"), "--html": ("--html", self.folder / "r.html"), "--compare": ("--compare", self.folder / "a.json", self.folder / "b.json"), "--xen-version": ("--xen-version", "4.17"), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
         }  # fmt: skip
         pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only", "--workload", "--disk", "--sweep")}
-        pairs |= {frozenset(("--compare", other)) for other in samples if other != "--compare"}
+        pairs |= {frozenset(("--compare", other)) for other in samples if other not in ("--compare", "--html")}
         pairs |= {frozenset(("--vmm", other)) for other in ("--wall", "--list", "--only", "--yardstick", "--lab", "--boot", "--aio", "--cache", "--iothread", "--lanes", "--xen-version")}
         pairs.add(frozenset(("--vmm", "--disk")))  # it has no disk on Xen's ring
         self.pairs("bench", samples, pairs)
