@@ -171,7 +171,7 @@ class Chosen(unittest.TestCase):
         chosen = workloads.choose(["all"])[0]
         found = bench.guests(bench.sides_of(chosen), chosen, options("--wait", "interrupt,poll", "--yardstick"))
         self.assertEqual([one.name for one in found], ["bench-xen-emu", "bench-xen-emu-poll", "linux-xen-emu"])
-        self.assertEqual([word for one in found[:2] for word in one.cmdline.split() if word.startswith("wait=")], ["wait=poll"])
+        self.assertEqual([word for one in found[:2] for word in one.cmdline.split() if word.startswith("wait=")], ["wait=interrupt", "wait=poll"])
 
     def test_a_bound_for_each_amount_of_work(self):
         little, much = ([Workload("randread", "4k", 1, count)] for count in (10, 1_000_000))

@@ -21,7 +21,7 @@ struct StartedTask {
 struct FakeMachine {
     fl::Instant time = 1000;
     fl::Nanoseconds step = 10; // time per clock reading
-    fl::u64 readings = 0;         // of the clock
+    fl::u64 readings = 0;      // of the clock
     fl::u64 idles = 0;
     fl::Instant until = 0; // the deadline of the last idle call
     /// An unbounded sleep ends with a spurious interrupt after this time.
