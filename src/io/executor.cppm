@@ -301,9 +301,11 @@ class Executor {
     /// runs those already queued, and evicts every task. Call once. The setter of `stop` (release) must call wake()
     /// afterwards.
     void serve(const std::atomic<bool>& stop);
-    /// One turn of the loop; for tests and for callers with a loop of their own.
+    /// One turn of the loop; for tests and for callers with a loop of their own. It reads the clock in any case, since
+    /// time may have passed after the turn before.
     void turn() {
         Executor* const before = enter(this);
+        keep_time_ = false;
         step();
         enter(before);
     }

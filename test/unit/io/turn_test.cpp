@@ -128,7 +128,10 @@ TEST_F(Turns, CostTheSameHoweverManyServicesAreIdle) {
         machine.on_idle_context = &used;
         machine.on_idle = [](void* queue) { static_cast<Queue*>(queue)->interrupt(); };
         const u64 turns_before = executor.turns();
+        const u64 readings_before = machine.readings;
         ASSERT_TRUE(executor.run(use(used, 1000)));
+        EXPECT_LE(machine.readings - readings_before, 1000u + 5)
+            << "one reading of the clock ends the sleep, and is the time of the turn that continues the coroutine too";
         turns.push_back(executor.turns() - turns_before);
         u64 others = 0;
         for (usize i = 0; i < count; ++i) {
