@@ -30,8 +30,8 @@ class Transport : public io::GroupedTransport {
     /// so that id 0xffff is not used [nvme-1.4 §4.2].
     static constexpr u32 max_commands = 127;
     static constexpr u32 max_entries = 128;
-    /// Of a completion queue: 16 KiB. Each report of the head is a register access, for half of them (see
-    /// QueuePair::release).
+    /// Of a completion queue: 16 KiB. Each report of the head is a register access, which is made for as many at once
+    /// as possible (see QueuePair::release).
     static constexpr u32 max_completions = 1024;
 
     using Wire = Resends;

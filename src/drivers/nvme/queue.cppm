@@ -49,6 +49,8 @@ class QueuePair {
         events_ = io::MappedMemory(terms.events.data, terms.events.size);
         rung_tail_ = rung_head_ = 0;
         unreleased_ = 0;
+        const u32 completions = terms.completion_entries;
+        release_at_ = terms.lazy ? std::max(completions / 2, completions - std::min(completions, terms.entries)) : 1;
         return {};
     }
     inline const QueueTerms& terms() const { return terms_; }
@@ -98,10 +100,11 @@ class QueuePair {
     }
     Error fault() const { return fault_.value_or(Error{Code::protocol, "an NVMe queue is broken"}); }
     /// Frees the entries of the completions that were taken. With MSI-X each completion interrupts by itself, so the
-    /// head is needed only for room: it is reported when half of the queue is used. MSI and lines signal again only for
-    /// what the head has passed [nvme-1.4 §7.5.1].
+    /// head is needed only for room: it is reported when what is left might not hold the completions of all commands,
+    /// but not before half of the queue is used. MSI and lines signal again only for what the head has passed
+    /// [nvme-1.4 §7.5.1].
     inline void release() {
-        if (unreleased_ != 0 && (!terms_.lazy || unreleased_ >= terms_.completion_entries / 2)) {
+        if (unreleased_ >= release_at_) {
             unreleased_ = 0;
             const u16 head = static_cast<u16>(completions_->slot());
             static_cast<void>(ring(true, std::exchange(rung_head_, head), head));
@@ -144,6 +147,7 @@ class QueuePair {
     u16 rung_tail_ = 0; // doorbells' last values
     u16 rung_head_ = 0;
     u32 unreleased_ = 0; // completions taken since the head was last reported
+    u32 release_at_ = 1; // the number of them that is reported
     u32 accesses_ = 0;
     std::optional<Error> fault_;
 };
