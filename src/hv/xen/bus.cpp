@@ -388,23 +388,37 @@ io::Task<Result<BusState>> Frontend::await_state(std::span<const BusState> wante
     }
 }
 
+// A back end looks at this front end's state when it is told of a change, and may miss one that was soon followed by
+// another. Linux's blkback goes to `closing` as the front end does, and from there it goes on only with `closed`: if it
+// has missed that, `initialising` tells it nothing, and it has to see both once more.
 io::Task<Result<void>> Frontend::restart(Nanoseconds timeout) {
-    static constexpr BusState closed[] = {BusState::closed, BusState::closing, BusState::init_wait, BusState::unknown};
     CO_TRY(const u64 own_state, co_await store_.number_or(path_, "state", to_underlying(BusState::initialising)));
     if (own_state == to_underlying(BusState::initialising)) {
         co_return Result<void>{};
     }
-    CO_CHECK(co_await set_state(BusState::closing));
-    CO_CHECK(co_await set_state(BusState::closed));
-    static_cast<void>(co_await await_state(closed, {executor_, timeout}));
-    CO_CHECK(co_await set_state(BusState::initialising));
-    // A back end closed permanently stays closed, and one about to reinitialise may still be closed now.
     const io::Bound bound(executor_, timeout);
+    if (own_state != to_underlying(BusState::closed)) {
+        CO_CHECK(co_await set_state(BusState::closing));
+    }
     for (;;) {
-        CO_TRY(const BusState back_state, co_await state());
-        if ((back_state != BusState::closed && back_state != BusState::closing) || !co_await changed(bound) ||
-            bound.passed()) {
-            co_return Result<void>{};
+        CO_CHECK(co_await set_state(BusState::closed));
+        for (;;) {
+            CO_TRY(const BusState back_state, co_await state());
+            if (back_state == BusState::closed || back_state == BusState::init_wait ||
+                back_state == BusState::unknown || !co_await changed(bound) || bound.passed()) {
+                break;
+            }
+        }
+        CO_CHECK(co_await set_state(BusState::initialising));
+        for (;;) {
+            CO_TRY(const BusState back_state, co_await state());
+            if (back_state == BusState::closing && !bound.passed()) {
+                break; // it has missed `closed`
+            }
+            // A back end closed permanently stays closed, and one about to reinitialise may still be closed now.
+            if (back_state != BusState::closed || !co_await changed(bound) || bound.passed()) {
+                co_return Result<void>{};
+            }
         }
     }
 }

@@ -146,6 +146,15 @@ class Blkback {
             go(std::exchange(wanted_state_, 0));
             return true;
         }
+        if (late_closing_) { // it has seen that the front end was closing, and follows when that one has gone on
+            frontend_changed_ = false;
+            if (front_state() != 1) {
+                return false;
+            }
+            late_closing_ = false;
+            go(5);
+            return true;
+        }
         if (std::exchange(frontend_changed_, false)) {
             switch (front_state()) {
             case 3:
@@ -155,7 +164,13 @@ class Blkback {
                     wanted_state_ = 4;
                 }
                 return true;
-            case 5: wanted_state_ = 5; return true;
+            case 5:
+                if (std::exchange(misses_closed, false)) {
+                    late_closing_ = true;
+                } else {
+                    wanted_state_ = 5;
+                }
+                return true;
             case 6:
                 ring = nullptr;
                 further.clear();
@@ -547,6 +562,7 @@ class Blkback {
     u64 requests_taken = 0;
     std::vector<Queue> further; // queues 1 to n - 1
     u32 at_once = ~0u;
+    bool misses_closed = false; // once, after it has seen that the front end is closing
     bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, never_closes = false;
     bool more_work = false, violating = false;
     bool present = false, removing = false, dead_process = false;
@@ -571,7 +587,7 @@ class Blkback {
     u32 number_ = 0;
     u32 wanted_state_ = 0;
     u32 waited_ = 0;
-    bool frontend_changed_ = false;
+    bool frontend_changed_ = false, late_closing_ = false;
     u32 current_ = 0; // queue
     std::vector<Held> held_;
     std::vector<std::pair<u32, bool>> premapped_; // pages of the current request

@@ -171,6 +171,25 @@ TEST(XenBlkReturns, ABackEndThatClosesAndStaysOnlineMayReturn) {
     }
 }
 
+// blkback in dom0, bound again while the front end has not noticed that it was unbound: it sees that the front end is
+// closing, and looks again only when that one has begun anew.
+TEST(XenBlkReturns, ABackEndMayMissThatTheFrontEndHasClosed) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.hold = true;
+    UnderWay load(m, 2, 4096);
+    pass(m, ms);
+    m.back.hold = false;
+    m.back.die();
+    m.back.misses_closed = true;
+    m.back.start_again();
+    pass(m, 100 * ms);
+    EXPECT_FALSE(m.back.misses_closed);
+    load.check();
+    EXPECT_EQ(m.back.state(), 4u);
+    EXPECT_EQ(m.back.front_state(), 4u);
+}
+
 TEST(XenBlkReturns, ABackEndThatDoesNotReturnIsBounded) {
     DiskMachine m({});
     ASSERT_TRUE(m.probe());
