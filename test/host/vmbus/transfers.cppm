@@ -23,7 +23,7 @@ struct Transfer {
     bool syncing = false; // a durable write: written, and now made safe
 };
 
-/// What is told of the end of what Medium::start() began.
+/// Receives the end of each transfer that Medium::start() has begun.
 class MediumEvents {
   public:
     virtual void done(Transfer& transfer, bool good) = 0;

@@ -379,6 +379,14 @@ TEST(HostLater, AForcedWriteIsMadeSafe) {
     EXPECT_EQ(host.last.sense[12], 0x0c); // write error
 }
 
+Bytes bus_reset() {
+    Bytes packet;
+    put(packet, u32{6}); // RESET_BUS
+    put(packet, u32{1});
+    packet.resize(64);
+    return packet;
+}
+
 TEST(HostLater, AResetAnswersAllRequestsFirst) {
     auto slow = parsed("1ms");
     LaterHost host(&*slow);
@@ -388,11 +396,7 @@ TEST(HostLater, AResetAnswersAllRequestsFirst) {
     host.guest.signal(host.channel);
     EXPECT_EQ(host.next(), 0u);
     host.rings.send(6, 302, Guest::srb({}, 2, 0));
-    Bytes reset;
-    put(reset, u32{6}); // RESET_BUS
-    put(reset, u32{1});
-    reset.resize(64);
-    host.rings.send(6, 303, reset);
+    host.rings.send(6, 303, bus_reset());
     host.guest.signal(host.channel);
     EXPECT_EQ(host.medium.steps.size(), 0u);
     EXPECT_EQ(host.next(), 302u); // TEST UNIT READY, which was before the reset
@@ -420,11 +424,7 @@ TEST(HostLater, AResetsAnswerHasRoomInAFullRing) {
         }
     }
     EXPECT_EQ(host.next(), 0u);
-    Bytes reset;
-    put(reset, u32{6}); // RESET_BUS
-    put(reset, u32{1});
-    reset.resize(64);
-    host.rings.send(6, 999, reset);
+    host.rings.send(6, 999, bus_reset());
     host.guest.signal(host.channel);
     std::vector<u64> seen;
     for (u32 tries = 0; tries < 4; ++tries) {
@@ -443,11 +443,7 @@ TEST(HostLater, AResetThatCannotEndTheRequestsSaysSoWithinABound) {
     host.read(310, 0);
     host.guest.signal(host.channel);
     const u64 begin = host.medium.time;
-    Bytes reset;
-    put(reset, u32{6}); // RESET_BUS
-    put(reset, u32{1});
-    reset.resize(64);
-    host.rings.send(6, 311, reset);
+    host.rings.send(6, 311, bus_reset());
     host.guest.signal(host.channel);
     EXPECT_EQ(host.medium.time, begin + 10'000'000'000);
     EXPECT_EQ(host.next(), 311u);
